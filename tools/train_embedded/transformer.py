@@ -1,0 +1,173 @@
+"""Train the transformer and the text encoder on latents: velocity prediction of a rectified flow.
+
+    PYTHONPATH=.:tools python -m train_embedded.transformer --run runs/dit --latents runs/latents64 --steps 2000
+
+Stages are calls: go on with larger clips by naming another folder of latents and a higher `--steps`.
+Resumes from `--run`. Matrices inside the blocks are trained by Muon, everything else by AdamW.
+"""
+
+import argparse
+import json
+import random
+import time
+from pathlib import Path
+
+import torch
+from diffusers import WanTransformer3DModel
+from diffusers.models.transformers.transformer_wan import WanAttention
+from torch import nn
+from torch.nn import functional as F
+
+from train_embedded.checkpoint import load_checkpoint, optimizer_tensors, restore_optimizer, save_checkpoint
+from train_embedded.latents import LatentPool
+from train_embedded.scene import free_caption
+from train_embedded.text import TEXT_WIDTH, build_text_encoder, build_tokenizer, encode_captions
+from train_embedded.vae import LATENT_CHANNELS
+
+CAPTION_DROPOUT = 0.1
+
+
+def build_transformer() -> WanTransformer3DModel:
+    """An untrained transformer: 6 layers, 4 heads of 64, one token per latent pixel."""
+    return WanTransformer3DModel(
+        patch_size=(1, 1, 1), num_attention_heads=4, attention_head_dim=64, in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS, text_dim=TEXT_WIDTH, freq_dim=256, ffn_dim=1024, num_layers=6,
+        cross_attn_norm=True, rope_max_seq_len=128,
+    )  # fmt: skip
+
+
+class BiasedTextProcessor:
+    """Cross-attention with a logit bias, for the compact text of `encode_captions`."""
+
+    def __init__(self) -> None:
+        self.bias: torch.Tensor | None = None
+
+    def __call__(self, attn: WanAttention, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):  # noqa: E501
+        query = attn.norm_q(attn.to_q(hidden_states))
+        key, value = attn.norm_k(attn.to_k(encoder_hidden_states)), attn.to_v(encoder_hidden_states)
+        query, key, value = (x.unflatten(2, (attn.heads, -1)).transpose(1, 2) for x in (query, key, value))
+        bias = self.bias if self.bias is None else self.bias.to(query.dtype)
+        out = F.scaled_dot_product_attention(query, key.to(query.dtype), value.to(query.dtype), attn_mask=bias)
+        return attn.to_out[1](attn.to_out[0](out.transpose(1, 2).flatten(2)))
+
+
+class Generator(nn.Module):
+    """Text encoder and transformer as one trainable module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokenizer = build_tokenizer()
+        self.text_encoder = build_text_encoder(len(self.tokenizer))
+        self.transformer = build_transformer()
+        self.text_attention = BiasedTextProcessor()
+        for block in self.transformer.blocks:
+            block.attn2.set_processor(self.text_attention)
+
+    def forward(self, noisy: torch.Tensor, sigma: torch.Tensor, captions: list[str]) -> torch.Tensor:
+        """Velocity [B, C, T, H, W] of `noisy` at noise level `sigma` [B]."""
+        states, self.text_attention.bias = encode_captions(self.tokenizer, self.text_encoder, captions)
+        return self.transformer(noisy, sigma * 1000, states, return_dict=False)[0]
+
+
+def build_optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
+    """Muon for the blocks' matrices, AdamW for the rest; learning rates are set at every step."""
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and ".blocks." in f".{n}" and "embed" not in n]
+    chosen = {id(p) for p in matrices}
+    rest = [p for p in model.parameters() if id(p) not in chosen]
+    return [
+        torch.optim.Muon(matrices, lr=1e-3, weight_decay=0.01, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0),
+    ]
+
+
+def flow_loss(model: Generator, clean: torch.Tensor, captions: list[str], generator: torch.Generator) -> torch.Tensor:
+    """Mean squared error of the velocity `noise − clean` at logit-normal noise levels (mean 0.5, deviation 1)."""
+    count = clean.shape[0]
+    # stratified over the batch: fewer gradients wasted on accidental bunches of noise levels
+    uniform = (torch.arange(count) + torch.rand(count, generator=generator)) / count
+    sigma = torch.sigmoid(0.5 + torch.special.ndtri(uniform.clamp(1e-4, 1 - 1e-4))).to(clean.device)
+    noise = torch.randn(clean.shape, generator=generator).to(clean.device)
+    at = sigma.view(-1, 1, 1, 1, 1)
+    velocity = model((1 - at) * clean + at * noise, sigma, captions)
+    return F.mse_loss(velocity.float(), noise - clean)
+
+
+def train(
+    run: Path, latents: list[Path], steps: int, batch: int, rate: float, final_rate: float, device: str, seed: int
+) -> None:
+    """Train to `steps` in all; the rate falls linearly from `rate` where this stage began to `final_rate`."""
+    torch.manual_seed(seed)
+    model, average = Generator().to(device), Generator().to(device)
+    average.load_state_dict(model.state_dict())
+    optimizers = build_optimizers(model)
+    stage, first, begun = ",".join(p.name for p in latents) + f"→{steps}", 0, 0
+    checkpoint = run / "last.safetensors"
+    if checkpoint.exists():
+        parts, facts = load_checkpoint(checkpoint)
+        model.load_state_dict(parts["weights"])
+        average.load_state_dict(parts["average"])
+        for i, optimizer in enumerate(optimizers):
+            restore_optimizer(optimizer, parts[f"optimizer{i}"])
+        first = facts["step"]
+        begun = facts["begun"] if facts["stage"] == stage else first
+    pools = [LatentPool(folder) for folder in latents]
+    run.mkdir(parents=True, exist_ok=True)
+    with open(run / "log.jsonl", "a") as log:
+        started, losses = time.time(), []
+        for step in range(first, steps):
+            progress = (step - begun) / max(1, steps - begun)
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = (rate + (final_rate - rate) * progress) * min(1.0, (step - begun + 1) / 30)
+            rng = random.Random(seed * 1_000_003 + step)
+            noise = torch.Generator().manual_seed(seed * 1_000_003 + step)
+            clean, words = rng.choice(pools).batch(batch, rng)
+            captions = ["" if rng.random() < CAPTION_DROPOUT else free_caption(w, rng) for w in words]
+            with torch.autocast(device, torch.bfloat16):
+                loss = flow_loss(model, clean.to(device), captions, noise)
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for optimizer in optimizers:
+                optimizer.step()
+            decay = min(0.998, (step + 1) / (step + 10))
+            with torch.no_grad():
+                for mine, theirs in zip(average.parameters(), model.parameters(), strict=True):
+                    mine.lerp_(theirs, 1 - decay)
+            losses.append(loss.item())
+            if (step + 1) % 20 == 0:
+                line = {"step": step + 1, "stage": stage, "loss": sum(losses) / len(losses), "seconds": time.time() - started}
+                print(json.dumps(line), file=log, flush=True)
+                losses = []
+            if (step + 1) % 100 == 0 or step + 1 == steps:
+                for pool in pools:
+                    pool.refresh()
+                facts = {"step": step + 1, "stage": stage, "begun": begun, "seed": seed}
+                states = {"weights": model.state_dict(), "average": average.state_dict()}
+                states |= {f"optimizer{i}": optimizer_tensors(o) for i, o in enumerate(optimizers)}
+                save_checkpoint(checkpoint, states, facts)
+
+
+def load_generator(run: Path) -> Generator:
+    """The averaged weights of `run`."""
+    model = Generator()
+    model.load_state_dict(load_checkpoint(run / "last.safetensors")[0]["average"])
+    return model.eval().requires_grad_(False)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--latents", type=Path, nargs="+", required=True)
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--final-rate", type=float, default=5e-4)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    train(**vars(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    main()
