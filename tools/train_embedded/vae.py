@@ -96,19 +96,42 @@ def latent_statistics(vae: AutoencoderKLWan, clips: int, seed: int) -> tuple[lis
     return latents.mean(dim=(0, 2, 3, 4)).tolist(), latents.std(dim=(0, 2, 3, 4)).tolist()
 
 
+class ConvolutionMuon(torch.optim.Muon):
+    """Muon (Jordan 2024) on convolutions: each weight is orthogonalised as a matrix [out, in · kernel]."""
+
+    def __init__(self, weights: list[torch.nn.Parameter], lr: float) -> None:
+        self.weights = weights
+        self.matrices = [torch.nn.Parameter(w.data.flatten(1)) for w in weights]  # views of the same storage
+        super().__init__(self.matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+
+    def step(self, closure=None):  # noqa: ANN001, ANN201
+        for matrix, weight in zip(self.matrices, self.weights, strict=True):
+            matrix.grad = None if weight.grad is None else weight.grad.flatten(1)
+        return super().step(closure)
+
+
+def build_optimizers(vae: AutoencoderKLWan) -> list[torch.optim.Optimizer]:
+    """Muon for the convolutions, AdamW for gains and biases."""
+    weights = [p for p in vae.parameters() if p.ndim >= 4 and p.shape[0] > 1 and p.flatten(1).shape[1] > 16]
+    chosen = {id(p) for p in weights}
+    rest = [p for p in vae.parameters() if id(p) not in chosen]
+    return [ConvolutionMuon(weights, lr=1e-3), torch.optim.AdamW(rest, lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0)]
+
+
 def train(run: Path, steps: int, batch: int, rate: float, frames: int, crop: int, device: str, seed: int) -> None:
     """Train to `steps` in all, from wherever `run` stands."""
     torch.manual_seed(seed)
     vae = build_vae().to(device)
     average = build_vae().to(device)
     average.load_state_dict(vae.state_dict())
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.0)
+    optimizers = build_optimizers(vae)
     first, checkpoint = 0, run / "last.safetensors"
     if checkpoint.exists():
         parts, facts = load_checkpoint(checkpoint)
         vae.load_state_dict(parts["weights"])
         average.load_state_dict(parts["average"])
-        restore_optimizer(optimizer, parts["optimizer"])
+        for i, optimizer in enumerate(optimizers):
+            restore_optimizer(optimizer, parts[f"optimizer{i}"])
         first = facts["step"]
     words = all_words()
     run.mkdir(parents=True, exist_ok=True)
@@ -116,7 +139,7 @@ def train(run: Path, steps: int, batch: int, rate: float, frames: int, crop: int
         started = time.time()
         for step in range(first, steps):
             rng = random.Random(seed * 1_000_003 + step)
-            for group in optimizer.param_groups:
+            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] = rate * min(1.0, (step + 1) / 50) * max(0.02, 0.5 + 0.5 * math.cos(math.pi * step / steps))
             clips = torch.stack([sample_crop(words, rng, frames, crop) for _ in range(batch)]).to(device)
             with torch.autocast(clips.device.type, torch.bfloat16):
@@ -124,10 +147,11 @@ def train(run: Path, steps: int, batch: int, rate: float, frames: int, crop: int
                 restored = decode_unclamped(vae, posterior.sample()).float()
             error = F.l1_loss(restored, clips) + F.mse_loss(restored, clips)
             kl = posterior.kl().float().mean() / posterior.mean[0].numel()
-            optimizer.zero_grad()
+            vae.zero_grad()
             (error + KL_WEIGHT * kl).backward()
             torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-            optimizer.step()
+            for optimizer in optimizers:
+                optimizer.step()
             decay = min(0.99, (step + 1) / (step + 10))
             with torch.no_grad():
                 for mine, theirs in zip(average.parameters(), vae.parameters(), strict=True):
@@ -140,7 +164,8 @@ def train(run: Path, steps: int, batch: int, rate: float, frames: int, crop: int
                 mean, std = latent_statistics(average, 24, seed)
                 facts = {"step": step + 1, "latents_mean": mean, "latents_std": std, "seed": seed}
                 states = {"weights": vae.state_dict(), "average": average.state_dict()}
-                save_checkpoint(checkpoint, {**states, "optimizer": optimizer_tensors(optimizer)}, facts)
+                states |= {f"optimizer{i}": optimizer_tensors(o) for i, o in enumerate(optimizers)}
+                save_checkpoint(checkpoint, states, facts)
 
 
 def load_vae(run: Path) -> AutoencoderKLWan:

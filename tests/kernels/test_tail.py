@@ -1,0 +1,109 @@
+"""Pooled attention, merging, and the two together."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pointillist.kernels import (
+    BlockLayout,
+    attention_with_pooled_tail,
+    block_sparse_attention,
+    dropped_of,
+    merge_attention,
+    pool_blocks,
+    pooled_attention,
+    uniform_bounds,
+)
+
+
+def tailed_by_hand(q, k, v, mask, block, query_order, key_order):
+    """Exact where kept, block means where dropped: one softmax over a key list written out per query block."""
+    q, k, v = q.double(), k.double(), v.double()
+    out = torch.empty_like(q)
+    for b in range(q.shape[0]):
+        for h in range(q.shape[1]):
+            for i in range(mask.shape[2]):
+                rows = query_order[i * block : (i + 1) * block]
+                keys, values, bias = [], [], []
+                for j in range(mask.shape[3]):
+                    tokens = key_order[j * block : (j + 1) * block]
+                    if mask[b, h, i, j]:
+                        keys.append(k[b, h, tokens])
+                        values.append(v[b, h, tokens])
+                        bias.append(torch.zeros(len(tokens), dtype=torch.float64))
+                    else:
+                        keys.append(k[b, h, tokens].mean(0, keepdim=True))
+                        values.append(v[b, h, tokens].mean(0, keepdim=True))
+                        bias.append(torch.tensor([float(len(tokens))], dtype=torch.float64).log())
+                scores = q[b, h, rows] @ torch.cat(keys).T * q.shape[-1] ** -0.5 + torch.cat(bias)
+                out[b, h, rows] = scores.softmax(-1) @ torch.cat(values)
+    return out
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+@pytest.mark.parametrize("ordered", [False, True])
+def test_tail_equals_one_softmax_over_tokens_and_means(backend, ordered):
+    length, block = 75, 16
+    q, k, v = (torch.randn(2, 2, length, 32) for _ in range(3))
+    mask = torch.rand(2, 2, 5, 5) < 0.4
+    mask[0, 0, 0] = False  # only the tail is left
+    mask[1, 1, 2] = True  # no tail is left
+    query_order, key_order = (torch.randperm(length) if ordered else torch.arange(length) for _ in range(2))
+    layout = BlockLayout.from_mask(
+        mask, block, block, length, length,
+        query_order=query_order[None, None] if ordered else None,
+        key_order=key_order[None, None] if ordered else None,
+    )  # fmt: skip
+    expected = tailed_by_hand(q, k, v, mask, block, query_order, key_order)
+    actual = attention_with_pooled_tail(q, k, v, layout, backend=backend)
+    torch.testing.assert_close(actual.double(), expected, atol=2e-6, rtol=1e-5)
+
+
+def test_merge_of_disjoint_halves_is_the_whole():
+    q, k, v = torch.randn(1, 2, 30, 16), torch.randn(1, 2, 48, 16), torch.randn(1, 2, 48, 16)
+    mask = torch.rand(1, 2, 2, 3) < 0.5
+    mask[0, 0, 0], mask[0, 0, 1] = True, False  # empty on either side
+    parts = [
+        block_sparse_attention(q, k, v, BlockLayout.from_mask(m, 16, 16, 30, 48), return_lse=True) for m in (mask, ~mask)
+    ]
+    out, lse = merge_attention(*parts[0], *parts[1])
+    whole = BlockLayout.from_mask(torch.ones(1, 1, 2, 3, dtype=torch.bool), 16, 16, 30, 48)
+    expected, expected_lse = block_sparse_attention(q, k, v, whole, return_lse=True)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(lse, expected_lse)
+
+
+def test_merge_of_nothing_with_nothing():
+    nothing = torch.zeros(1, 1, 3, 4), torch.full((1, 1, 3), float("-inf"))
+    out, lse = merge_attention(*nothing, *nothing)
+    assert (out == 0).all() and (lse == float("-inf")).all()
+
+
+def test_a_mean_weighs_as_many_keys_as_it_stands_for():
+    key, value = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
+    q = torch.randn(1, 1, 4, 8)
+    k, v = key.expand(1, 1, 12, 8), value.expand(1, 1, 12, 8)  # twelve equal keys
+    means, counts = pool_blocks(k, uniform_bounds(12, 12))
+    pairs = torch.ones(1, 1, 1, 1, dtype=torch.bool)
+    out, lse = pooled_attention(
+        q, means, pool_blocks(v, uniform_bounds(12, 12))[0], counts.log()[:, 0], pairs=pairs, query_bounds=uniform_bounds(4, 4)
+    )
+    dense = BlockLayout.from_mask(pairs, 4, 12, 4, 12)
+    expected, expected_lse = block_sparse_attention(q, k, v, dense, return_lse=True)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(lse, expected_lse)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_mask_survives_the_round_trip(data):
+    batch, heads = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3))
+    q_len, k_len = data.draw(st.integers(1, 60)), data.draw(st.integers(1, 60))
+    block_q, block_k = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 40))
+    mask = torch.rand(batch, heads, -(-q_len // block_q), -(-k_len // block_k)) < data.draw(st.floats(0, 1))
+    layout = BlockLayout.from_mask(mask, block_q, block_k, q_len, k_len)
+    assert torch.equal(layout.mask(), mask)
+    assert torch.equal(dropped_of(layout), ~mask)
+    kept = layout.token_mask(batch, heads).double().mean().item()
+    assert layout.density() == pytest.approx(kept, abs=1e-9)
