@@ -1,0 +1,32 @@
+"""Pointillist makes Diffusers image and video pipelines faster without retraining them.
+
+The names below are imported on first use, so `import pointillist` is quick and needs no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pointillist.accel import Plan, accelerate
+    from pointillist.pipelines import defaults, generate, load_pipeline
+
+__version__ = "0.1.0"
+__all__ = ["Plan", "accelerate", "defaults", "generate", "load_pipeline"]
+
+_HOMES = {
+    "Plan": "pointillist.accel",
+    "accelerate": "pointillist.accel",
+    "defaults": "pointillist.pipelines",
+    "generate": "pointillist.pipelines",
+    "load_pipeline": "pointillist.pipelines",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'pointillist' has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,13 @@
+"""Patterns: rules for which key blocks a query block sees. One file each.
+
+A pattern ranks the key tiles of every query tile (`scores`) and keeps the first `keep` of them.
+"""
+
+from pointillist.accel.patterns.dense import Dense
+from pointillist.accel.patterns.pooled import Pooled
+from pointillist.accel.patterns.window import Window
+
+Pattern = Dense | Window | Pooled
+PATTERNS: dict[str, type[Dense] | type[Window] | type[Pooled]] = {"dense": Dense, "window": Window, "pooled": Pooled}
+
+__all__ = ["PATTERNS", "Dense", "Pattern", "Pooled", "Window"]

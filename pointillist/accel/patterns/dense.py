@@ -1,0 +1,22 @@
+"""`dense`: every query tile sees every key tile."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from pointillist.accel.tiles import Grid, Segment, Tiling, tile_counts
+
+
+@dataclass(frozen=True)
+class Dense:
+    keep: int
+
+    @classmethod
+    def at_density(cls, density: float, grid: Grid, segments: tuple[Segment, ...] = (), block: int = 128) -> "Dense":
+        """Dense at any wish: a head that must be exact beside sparse ones."""
+        return cls(math.prod(tile_counts(grid, block)))
+
+    def scores(self, q_means: torch.Tensor, k_means: torch.Tensor, tiling: Tiling, scale: float) -> torch.Tensor:
+        """All equal: [1, 1, tiles, tiles]."""
+        return torch.zeros(1, 1, tiling.tiles, tiling.tiles, device=tiling.sizes.device)

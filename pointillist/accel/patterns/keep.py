@@ -1,0 +1,11 @@
+"""How many key tiles a density keeps."""
+
+import math
+
+from pointillist.accel.tiles import Grid, tile_counts
+
+
+def tiles_kept(density: float, grid: Grid, block: int) -> int:
+    """The whole number of key tiles, at least 1, whose share of all tiles is nearest to `density`."""
+    tiles = math.prod(tile_counts(grid, block))
+    return min(tiles, max(1, round(density * tiles)))

@@ -1,0 +1,30 @@
+"""`pooled`: every query tile sees the key tiles with the highest pooled scores.
+
+The score of a tile of n keys is that of their mean, q̄·k̄/√D + ln n: the logarithm of the softmax mass that a
+pooled tail would give it. So what is kept is what the tail would have to carry (Jenga; Sol-Attn).
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from pointillist.accel.patterns.keep import tiles_kept
+from pointillist.accel.tiles import Grid, Segment, Tiling
+
+
+@dataclass(frozen=True)
+class Pooled:
+    keep: int
+    """Key tiles kept for each query tile, itself included."""
+
+    @classmethod
+    def at_density(cls, density: float, grid: Grid, segments: tuple[Segment, ...] = (), block: int = 128) -> "Pooled":
+        """As many tiles of at most `block` tokens as come nearest to `density`."""
+        return cls(tiles_kept(density, grid, block))
+
+    def scores(self, q_means: torch.Tensor, k_means: torch.Tensor, tiling: Tiling, scale: float) -> torch.Tensor:
+        """Log masses [B, H, tiles, tiles] from means [B, H, n, D]; a tile always ranks itself first."""
+        tiles = tiling.tiles
+        scores = q_means[:, :, :tiles] @ k_means[:, :, :tiles].transpose(-1, -2) * scale + tiling.sizes[:tiles].log()
+        scores.diagonal(dim1=-2, dim2=-1).fill_(float("inf"))
+        return scores

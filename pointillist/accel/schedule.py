@@ -1,0 +1,26 @@
+"""Which steps are dense."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The first steps decide the picture's layout and are computed densely; the others follow the patterns."""
+
+    dense_steps: int = 0
+    """At least so many first steps are dense, whatever their sigmas."""
+    dense_above: float = 1.0
+    """Steps whose sigma exceeds this share of the first one's are dense too: it carries to any number of steps."""
+
+    def kind(self, step: int | None, sigmas: tuple[float, ...]) -> str:
+        """`dense` or `sparse`. A schedule without dense steps needs no `step`; else an unknown step is dense.
+
+        Args:
+            step: index into `sigmas`, None outside of a generation.
+            sigmas: of all steps, descending from the noisiest; the scheduler's own units.
+        """
+        if self.dense_steps == 0 and self.dense_above >= 1:
+            return "sparse"
+        if step is None or step < self.dense_steps:
+            return "dense"
+        return "dense" if sigmas[step] > self.dense_above * sigmas[0] else "sparse"

@@ -1,0 +1,208 @@
+"""Accelerating a real, tiny Wan pipeline: exactness, restoration, state, refusal."""
+
+import inspect
+
+import pytest
+import torch
+from conftest import make_pipe, make_transformer
+from diffusers import FirstBlockCacheConfig, UniPCMultistepScheduler
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+
+from pointillist import AccelerateError, Plan, PlanError, accelerate
+from pointillist.accel.tiles import tiles_of
+from pointillist.kernels import pool_blocks
+
+
+def test_restore_leaves_no_trace(pipe, run):
+    before = run(pipe)
+    members = set(AttentionBackendName._member_map_)
+    backends = set(_AttentionBackendRegistry._backends)
+    attributes = [set(vars(m)) for m in (*pipe.transformer.modules(), pipe.scheduler)]
+    with accelerate(pipe, Plan.uniform("pooled", 0.3, block=16)):
+        during = run(pipe)
+    assert not torch.equal(before, during)
+    assert torch.equal(before, run(pipe))
+    assert set(AttentionBackendName._member_map_) == members
+    assert set(_AttentionBackendRegistry._backends) == backends
+    assert [set(vars(m)) for m in (*pipe.transformer.modules(), pipe.scheduler)] == attributes
+    assert not any(m._forward_pre_hooks for m in pipe.transformer.modules())
+
+
+def test_plan_none_and_density_one_equal_dense(pipe, run):
+    dense = run(pipe)
+    for plan in ("none", Plan.uniform("pooled", 1.0, block=16), Plan.uniform("dense", 1.0)):
+        with accelerate(pipe, plan) as handle:
+            assert torch.equal(run(pipe), dense)
+            assert handle.report().density is None and handle.report().density_overall == 1.0
+
+
+def masked_attention_processor(block: int, density: float):
+    """A processor that computes pooled selection token by token with a mask: an independent second implementation."""
+    from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+
+    class Masked(WanAttnProcessor):
+        grid = None
+
+        def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
+            self.mask_for = None
+            original = torch.nn.functional.scaled_dot_product_attention
+
+            def sdpa(query, key, value, **kwargs):
+                tiles = tiles_of(self.grid, block)
+                order, inverse = tiles.order[0, 0], tiles.order[0, 0].argsort()
+                mean_q, sizes = pool_blocks(query[:, :, order], tiles.bounds)
+                mean_k, _ = pool_blocks(key[:, :, order], tiles.bounds)
+                scores = mean_q @ mean_k.transpose(-1, -2) * query.shape[-1] ** -0.5 + sizes[..., None, :].log()
+                keep = max(1, round(density * tiles.count))
+                kept = torch.zeros_like(scores, dtype=torch.bool)
+                for b, h, i in torch.cartesian_prod(*(torch.arange(n) for n in scores.shape[:3])).tolist():
+                    row = scores[b, h, i].clone()
+                    row[i] = torch.inf
+                    kept[b, h, i, row.argsort(descending=True)[:keep]] = True
+                of_token = torch.repeat_interleave(torch.arange(tiles.count), tiles.bounds.diff().long())[inverse]
+                return original(query, key, value, attn_mask=kept[:, :, of_token][:, :, :, of_token])
+
+            torch.nn.functional.scaled_dot_product_attention = sdpa
+            try:
+                return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
+            finally:
+                torch.nn.functional.scaled_dot_product_attention = original
+
+    return Masked()
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_sparse_output_equals_a_masked_reference(pipe, run, batch, guidance):
+    with accelerate(pipe, Plan.uniform("pooled", 0.4, tail="none", block=16)) as handle:
+        sparse = run(pipe, batch=batch, guidance=guidance)
+        assert handle.report().density == pytest.approx(0.4, abs=0.06)
+    for block in pipe.transformer.blocks:
+        block.attn1.set_processor(masked_attention_processor(16, 0.4))
+        block.attn1.processor.grid = (3, 4, 4)
+    torch.testing.assert_close(sparse, run(pipe, batch=batch, guidance=guidance), atol=2e-4, rtol=1e-4)
+
+
+def test_two_shapes_in_a_row_and_repetition(pipe, run):
+    plan = Plan.uniform("window", 0.3, block=16)
+    with accelerate(pipe, plan):
+        first = run(pipe, size=64), run(pipe, size=96, frames=5)
+        again = run(pipe, size=64), run(pipe, size=96, frames=5)
+    for a, b in zip(first, again, strict=True):
+        assert torch.equal(a, b)
+    with accelerate(pipe, plan):
+        assert torch.equal(run(pipe, size=96, frames=5), first[1])
+
+
+def test_dense_steps_and_report(pipe, run):
+    with accelerate(pipe, Plan.uniform("pooled", 0.3, dense_steps=2, block=16)) as handle:
+        run(pipe, steps=5)
+        report = handle.report()
+    assert report.steps == {"dense": 2, "sparse": 3, "cached": 0, "region": 0}
+    assert report.tokens == 48 and set(report.density_per_site) == {"transformer.blocks.0.attn1", "transformer.blocks.1.attn1"}
+    assert report.density_overall == pytest.approx((2 + 3 * report.density) / 5)
+    assert 0 < report.attention_seconds < report.denoise_seconds
+    assert "3 sparse" in str(report)
+
+
+def test_an_interrupted_run_leaves_nothing_behind(pipe, run):
+    plan = Plan.uniform("pooled", 0.3, dense_steps=1, block=16)
+    with accelerate(pipe, plan):
+        clean = run(pipe)
+
+    def stop(pipe, step, timestep, kwargs):
+        if step == 1:
+            raise RuntimeError("stopped")
+        return kwargs
+
+    with accelerate(pipe, plan) as handle:
+        with pytest.raises(RuntimeError, match="stopped"):
+            run(pipe, callback_on_step_end=stop)
+        assert torch.equal(run(pipe), clean)
+        assert sum(handle.report().steps.values()) == 4
+
+
+def test_branches_and_steps_are_told_apart(pipe, run):
+    with accelerate(pipe, Plan.uniform("pooled", 0.3, block=16)) as handle:
+        run(pipe, steps=3)
+        calls = handle._runtime.record.calls
+    assert [(branch, step) for site, branch, step, _ in calls if "blocks.0" in site] == [
+        (branch, step) for step in range(3) for branch in ("cond", "uncond")
+    ]
+
+
+def test_two_experts_have_sites_of_their_own(run):
+    pipe = make_pipe(transformer_2=make_transformer(), boundary_ratio=0.8)
+    dense = run(pipe)
+    with accelerate(pipe, Plan.uniform("pooled", 0.3, block=16)) as handle:
+        assert not torch.equal(run(pipe), dense)
+        sites = handle.report().density_per_site
+    assert {name.split(".")[0] for name in sites} == {"transformer", "transformer_2"}
+    assert torch.equal(run(pipe), dense)
+
+
+def test_a_changed_scheduler_is_followed(pipe, run):
+    with accelerate(pipe, Plan.uniform("pooled", 0.3, dense_steps=1, block=16)) as handle:
+        run(pipe)
+        euler = pipe.scheduler
+        pipe.scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+        run(pipe, steps=5)
+        assert handle.report().steps["dense"] == 1 and handle.report().steps["sparse"] == 4
+        assert "step" not in vars(euler)
+
+
+def test_schedulers_keep_their_signature(pipe):
+    before = inspect.signature(pipe.scheduler.step), inspect.signature(pipe.scheduler.set_timesteps)
+    with accelerate(pipe, "none"):
+        assert (inspect.signature(pipe.scheduler.step), inspect.signature(pipe.scheduler.set_timesteps)) == before
+
+
+def test_save_after_restore(pipe, run, tmp_path):
+    with accelerate(pipe, Plan.uniform("pooled", 0.3, block=16)):
+        run(pipe)
+    pipe.transformer.save_pretrained(tmp_path)
+    again = type(pipe.transformer).from_pretrained(tmp_path)
+    assert torch.equal(run(make_pipe(transformer=again, vae=pipe.vae)), run(pipe))
+
+
+def test_compiled_blocks_share_one_graph(run):
+    import torch._dynamo
+
+    pipe = make_pipe(transformer=make_transformer(layers=10))
+    plan = Plan.uniform("pooled", 0.3, dense_steps=1, block=16)
+    with accelerate(pipe, plan):
+        eager = run(pipe)
+    torch._dynamo.reset()
+    with accelerate(pipe, plan):
+        pipe.transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
+        torch._dynamo.utils.counters.clear()
+        torch.testing.assert_close(run(pipe), eager, atol=1e-4, rtol=1e-4)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_auto_goes_dense_on_short_clips_and_says_so(pipe, run):
+    dense = run(pipe)
+    with accelerate(pipe) as handle:
+        assert torch.equal(run(pipe), dense)
+        report = handle.report()
+    assert "preset" in report.plan_source
+    assert report.fallbacks == ("dense: 48 tokens are fewer than 1536, where sparse attention starts to pay",)
+
+
+def test_refusals_change_nothing(pipe, run, tmp_path):
+    dense = run(pipe)
+    with pytest.raises(AccelerateError, match="cache='easy' is not available"):
+        accelerate(pipe, cache="easy")
+    with pytest.raises(AccelerateError, match="'fast' is unknown"):
+        accelerate(pipe, backend="fast")
+    with pytest.raises(PlanError, match="there is no plan file"):
+        accelerate(pipe, tmp_path / "missing.safetensors")
+    with pytest.raises(AccelerateError, match="VaeImageProcessor|no transformer"):
+        accelerate(object())
+    with accelerate(pipe, "none"), pytest.raises(AccelerateError, match="accelerated already"):
+        accelerate(pipe)
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    with pytest.raises(AccelerateError, match="disable_cache"):
+        accelerate(pipe)
+    pipe.transformer.disable_cache()
+    assert torch.equal(run(pipe), dense)
