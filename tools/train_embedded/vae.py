@@ -23,6 +23,8 @@ from train_embedded.scene import Words, all_words, render, sample_scene
 
 LATENT_CHANNELS = 16
 KL_WEIGHT = 1e-5
+EXTENTS = ((9, 48), (17, 40), (33, 32))
+"""Frames and side of the crops, about equally costly; one pair per step."""
 
 
 def build_vae(mean: list[float] | None = None, std: list[float] | None = None) -> AutoencoderKLWan:
@@ -118,7 +120,7 @@ def build_optimizers(vae: AutoencoderKLWan) -> list[torch.optim.Optimizer]:
     return [ConvolutionMuon(weights, lr=1e-3), torch.optim.AdamW(rest, lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0)]
 
 
-def train(run: Path, steps: int, batch: int, rate: float, frames: int, crop: int, device: str, seed: int) -> None:
+def train(run: Path, steps: int, batch: int, rate: float, device: str, seed: int) -> None:
     """Train to `steps` in all, from wherever `run` stands."""
     torch.manual_seed(seed)
     vae = build_vae().to(device)
@@ -141,6 +143,7 @@ def train(run: Path, steps: int, batch: int, rate: float, frames: int, crop: int
             rng = random.Random(seed * 1_000_003 + step)
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] = rate * min(1.0, (step + 1) / 50) * max(0.02, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+            frames, crop = rng.choice(EXTENTS)
             clips = torch.stack([sample_crop(words, rng, frames, crop) for _ in range(batch)]).to(device)
             with torch.autocast(clips.device.type, torch.bfloat16):
                 posterior = vae.encode(clips).latent_dist
@@ -179,11 +182,9 @@ def load_vae(run: Path) -> AutoencoderKLWan:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=1800)
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--rate", type=float, default=1.5e-3)
-    parser.add_argument("--frames", type=int, default=9)
-    parser.add_argument("--crop", type=int, default=48)
+    parser.add_argument("--rate", type=float, default=4e-3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     train(**vars(parser.parse_args()))
