@@ -7,18 +7,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pointillist.accel import Plan, accelerate
-    from pointillist.pipelines import defaults, generate, load_pipeline
+    from pointillist.accel import AccelerateError, Plan, PlanError, accelerate
+    from pointillist.pipelines.generate import generate
+    from pointillist.pipelines.load import defaults, load_pipeline
 
 __version__ = "0.1.0"
-__all__ = ["Plan", "accelerate", "defaults", "generate", "load_pipeline"]
+__all__ = ["AccelerateError", "Plan", "PlanError", "accelerate", "defaults", "generate", "load_pipeline"]
 
 _HOMES = {
+    "AccelerateError": "pointillist.accel",
     "Plan": "pointillist.accel",
+    "PlanError": "pointillist.accel",
     "accelerate": "pointillist.accel",
-    "defaults": "pointillist.pipelines",
-    "generate": "pointillist.pipelines",
-    "load_pipeline": "pointillist.pipelines",
+    "defaults": "pointillist.pipelines.load",
+    "generate": "pointillist.pipelines.generate",
+    "load_pipeline": "pointillist.pipelines.load",
 }
 
 

@@ -13,8 +13,8 @@ from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipe
 
 def make_transformer(layers: int = 2, **changes) -> WanTransformer3DModel:
     config = dict(
-        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=16, in_channels=16, out_channels=16, text_dim=32,
-        freq_dim=32, ffn_dim=32, num_layers=layers, cross_attn_norm=True, rope_max_seq_len=64,
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=16, in_channels=16, out_channels=16,
+        text_dim=32, freq_dim=32, ffn_dim=32, num_layers=layers, cross_attn_norm=True, rope_max_seq_len=64,
     )  # fmt: skip
     transformer = WanTransformer3DModel(**{**config, **changes}).eval()
     with torch.no_grad():
@@ -59,3 +59,23 @@ def run():
         ).frames  # fmt: skip
 
     return call
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """A complete Diffusers folder with a tokenizer and a text encoder, all of it tiny and random."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+    words = ["<pad>", "</s>", "<unk>", "a", "red", "circle", "on", "black"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    config = UMT5Config(vocab_size=len(words), d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2)
+    folder = tmp_path_factory.mktemp("tiny")
+    pipe = make_pipe(
+        tokenizer=PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>"),
+        text_encoder=UMT5EncoderModel(config).eval(),
+    )
+    pipe.save_pretrained(folder)
+    return folder

@@ -1,111 +1,81 @@
-"""`accelerate`: install a plan in a pipeline, report what it did, take it out again."""
+"""`accelerate`: install a plan in a pipeline, report what ran, restore."""
 
-from __future__ import annotations
-
-from pathlib import Path
+import os
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
 
-from pointillist.accel import conflicts
-from pointillist.accel.bridge import Bridge, backend_before, is_bridgeable
-from pointillist.accel.conflicts import AccelerateError
-from pointillist.accel.models import wan
-from pointillist.accel.plan import Choice, Plan
-from pointillist.accel.plans import shipped_plans
-from pointillist.accel.report import Report, make_report
-from pointillist.accel.run_state import RunState
-from pointillist.accel.runtime import Runtime, SiteAttention
-from pointillist.accel.schedule import Schedule
-from pointillist.kernels import choose_backend
+import torch
+
+from pointillist.accel import bridge
+from pointillist.accel.choose_plan import Choice, choose_plan
+from pointillist.accel.conflicts import Target, check_arguments, targets_of
+from pointillist.accel.plan import Plan
+from pointillist.accel.report import Record, Report, make_report
+from pointillist.accel.run_state import watch_branches, watch_generations
+from pointillist.accel.site import Runtime, Site
+from pointillist.accel.timing import now
 
 
 def accelerate(
     pipe: Any,
-    plan: Plan | str | Path = "auto",
+    plan: Plan | str | os.PathLike[str] = "auto",
     cache: str | None = "auto",
     regions: str | None = "auto",
     backend: str = "auto",
-) -> Handle:
-    """Make `pipe` compute its self-attention by a plan, in place.
+) -> "Acceleration":
+    """Make the self-attention of a Diffusers pipeline follow a plan. The pipeline is used as before.
 
     Args:
-        pipe: a Diffusers pipeline with a supported transformer.
-        plan: "auto" (a shipped plan for this model, else the family's preset), "none" (dense, only measured), a
-            `Plan`, or the path of a plan file.
-        cache, regions: "auto" (what the plan says) or "none".
-        backend: "auto", "reference", "cpu" or "triton".
+        pipe: a pipeline whose transformers are supported, not yet compiled (compile after this call).
+        plan: `auto`, `none` (nothing changes, only measured), a `Plan`, or the path of a plan file.
+        cache, regions: `auto` or `none`; no plan of this version says anything about either.
+        backend: `auto`, or a name from `pointillist.kernels.available_backends`.
 
     Returns:
-        A handle with `.report()` and `.restore()`; it is a context manager too.
+        A handle with `report()` and `restore()`; as a context manager it restores on leaving.
 
     Raises:
-        AccelerateError: the pipeline cannot be accelerated as asked. Nothing was changed.
-        PlanError: the plan file is not a valid plan.
+        AccelerateError: something does not fit; nothing has been changed then.
+        PlanError: the file is not a plan.
     """
-    conflicts.check(pipe, cache, regions)
-    transformers = conflicts.transformers_of(pipe)
-    first = next(iter(transformers.values()))
-    try:
-        backend_name, backend_reason = choose_backend(first.device, backend)
-    except ValueError as error:
-        raise AccelerateError(str(error)) from None
-    chosen, source, minimum = _choose_plan(plan, first)
-    for name, transformer in transformers.items():
-        for site in wan.sites(transformer):
-            if not is_bridgeable(site.attention):
-                raise AccelerateError(
-                    f"{name}.{site.name} has the processor {type(site.attention.processor).__name__}, which does not "
-                    "ask Diffusers' dispatcher; put the model's own processor back first"
-                )
-    return Handle(pipe, transformers, chosen, source, minimum, backend_name, backend_reason)
+    targets = targets_of(pipe)
+    check_arguments(pipe, cache, regions, backend)
+    return Acceleration(pipe, targets, choose_plan(plan, targets), backend)
 
 
-class Handle:
-    """An accelerated pipeline: what it did, and the way back."""
+class Acceleration:
+    """The handle of an accelerated pipeline."""
 
-    def __init__(
-        self,
-        pipe: Any,
-        transformers: dict[str, Any],
-        plan: Plan | None,
-        plan_source: str,
-        minimum_tokens: int,
-        backend: str,
-        backend_reason: str,
-    ) -> None:
-        self.plan, self.plan_source = plan, plan_source
-        self.backend, self.backend_reason = backend, backend_reason
-        self._transformers = transformers
-        self._run = RunState(pipe, transformers)
-        self._runtime = Runtime(plan, minimum_tokens, backend, self._run)
-        self._bridges = []
-        for transformer in transformers.values():
-            self._bridges.append(
-                Bridge(
-                    [
-                        (s.block, s.attention, SiteAttention(s.name, i, backend_before(s.attention), self._runtime))
-                        for i, s in enumerate(wan.sites(transformer))
-                    ]
-                )
-            )
-            setattr(transformer, conflicts.MARK, True)
-        self._run.install(wan.token_grid)
+    def __init__(self, pipe: Any, targets: tuple[Target, ...], choice: Choice, backend: str) -> None:
+        self._pipe = pipe
+        self._choice = choice
+        self._targets = targets
+        self._runtime = Runtime(choice.plan, backend)
+        self._device = torch.device("cpu")
+        self._undo = ExitStack()
+        with ExitStack() as undo:  # undoes all of it if one installation fails
+            self._watch_scheduler()
+            undo.callback(lambda: self._unwatch_scheduler())
+            for target in targets:
+                self._install(target, undo)
+            self._undo = undo.pop_all()
 
     def report(self) -> Report:
-        """What the latest generation did."""
-        name = self.plan.name if self.plan else "none"
-        return make_report(self._runtime, name, self.plan_source, self.backend, self.backend_reason)
+        """What really ran in the last generation. Waits for the device."""
+        plan = self._choice.plan
+        return make_report(
+            self._runtime.record,
+            plan="none" if plan is None else plan.name,
+            plan_source=self._plan_source(),
+            dense_backend=("diffusers", "every call was dense: Diffusers' own attention"),
+        )
 
     def restore(self) -> None:
-        """Take everything out; the next output is bit-identical to that of a pipeline never touched."""
-        self._run.remove()
-        for bridge in self._bridges:
-            bridge.remove()
-        for transformer in self._transformers.values():
-            vars(transformer).pop(conflicts.MARK, None)
-        self._bridges, self._transformers = [], {}
+        """Undo everything: the next output is that of a pipeline never touched. May be called twice."""
+        self._undo.close()
 
-    def __enter__(self) -> Handle:
+    def __enter__(self) -> "Acceleration":
         return self
 
     def __exit__(
@@ -113,22 +83,60 @@ class Handle:
     ) -> None:
         self.restore()
 
+    def _install(self, target: Target, undo: ExitStack) -> None:
+        state, family, transformer = self._runtime.state, target.family, target.transformer
 
-def _choose_plan(plan: Plan | str | Path, transformer: Any) -> tuple[Plan | None, str, int]:
-    """The plan, why this one, and the length below which it goes dense."""
-    if isinstance(plan, Plan):
-        return plan, "given", 0
-    if plan == "none":
-        return None, "asked for: dense attention, measured only", 0
-    if plan != "auto":
-        return Plan.load(plan), f"read from {plan}", 0
-    fingerprint = wan.fingerprint(transformer)
-    for shipped in shipped_plans():
-        if shipped.model == fingerprint:
-            return shipped, "the shipped plan for this model", wan.MINIMUM_TOKENS
-    preset = Plan(
-        (Choice("pooled", wan.PRESET_DENSITY, "pooled"),),
-        Schedule(dense_above=wan.PRESET_DENSE_ABOVE),
-        name="wan preset",
-    )
-    return preset, "no shipped plan fits this model: the preset of its family", wan.MINIMUM_TOKENS
+        @torch.compiler.disable
+        def entered(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self._pipe.scheduler is not self._scheduler:
+                self._follow_scheduler()
+            hidden_states, timestep = family.inputs(args, kwargs)
+            state.enter(target.name, timestep, family.grid(transformer, hidden_states))
+            self._call_began(hidden_states.device)
+
+        @torch.compiler.disable
+        def left(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            state.leave()
+
+        undo.callback(watch_branches(transformer, state))
+        undo.callback(transformer.register_forward_pre_hook(entered, with_kwargs=True).remove)
+        undo.callback(transformer.register_forward_hook(left, always_call=True).remove)
+        for layer, (block, attention) in enumerate(family.sites(transformer)):
+            name = f"{target.name}.{family.site_name(layer)}"
+            site = Site(name, layer, bridge.original_attention(attention), self._runtime)
+            undo.callback(bridge.route(block, attention, site))
+
+    def _watch_scheduler(self) -> None:
+        self._scheduler = self._pipe.scheduler
+        self._unwatch_scheduler = watch_generations(self._scheduler, self._generation_began, self._step_ended)
+
+    def _follow_scheduler(self) -> None:
+        """The user has given the pipeline another scheduler, which has already set its steps."""
+        self._unwatch_scheduler()
+        self._watch_scheduler()
+        self._generation_began(self._scheduler)
+
+    def _generation_began(self, scheduler: Any) -> None:
+        self._runtime.state.begin_generation(scheduler)
+        self._runtime.record = Record()
+
+    def _call_began(self, device: torch.device) -> None:
+        record = self._runtime.record
+        self._device = device
+        record.grid = self._runtime.state.grid
+        if record.first_call is None:
+            record.first_call = now(device)
+        for target in self._targets:
+            strays = sum(not bridge.is_routed(attention) for _, attention in target.family.sites(target.transformer))
+            if strays:
+                record.fallbacks[f"dense: {strays} sites of {target.name} got another processor or backend"] += 1
+
+    def _step_ended(self) -> None:
+        self._runtime.record.last_step = now(self._device)
+
+    def _plan_source(self) -> str:
+        plan, grid = self._choice.plan, self._runtime.record.grid
+        if plan is None or plan.grid is None or grid is None or plan.grid == grid:
+            return self._choice.source
+        made_for, here = ("×".join(map(str, each)) for each in (plan.grid, grid))
+        return f"{self._choice.source}; carried over from the grid {made_for} to {here}"

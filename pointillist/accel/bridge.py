@@ -1,15 +1,13 @@
-"""The way into Diffusers' attention, and the one file that touches its private names (Diffusers 0.42).
+"""The one file that touches private names of Diffusers: how its attention calls reach us.
 
-Diffusers' registry of attention backends is a closed enumeration. A member of our own is added for every accelerated
-transformer, set on the processors of its self-attentions only (never as the process-wide default), and taken out again.
-
-The backend must know which site calls it without breaking `torch.compile`: a Python value per layer would compile
-every layer anew. So a hook on the *block* copies the site's number, a tensor, into one tensor per transformer, and
-the backend hands that tensor to one opaque operator, which looks the site up when it runs.
+Diffusers' dispatcher accepts only members of a closed enum, so `pointillist` is added to it as one more. The
+backend is set on a site's own processor and never process-wide (`set_attention_backend` also sets a global
+default and does not undo it). A backend sees q, k and v but not its layer: a hook on the block copies the
+site's number into one shared tensor, and a single opaque operator looks the number up. So `torch.compile`
+sees the same graph in every layer; a Python value per layer would recompile it each time.
 """
 
-from __future__ import annotations
-
+import copy
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -21,111 +19,134 @@ from diffusers.models.attention_dispatch import (
     dispatch_attention_fn,
 )
 
-Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float | None], torch.Tensor]
-"""q, k, v [B, S, H, D] and the scale → output [B, S, H, D]."""
+SiteHandler = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float | None], torch.Tensor]
+"""(q, k, v [B, S, H, D], scale) → [B, S, H, D]."""
 
-_numbers = itertools.count(1)
-_sites: dict[int, Attend] = {}
-
-
-@torch.library.custom_op("pointillist::attend", mutates_args=())
-def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, site: torch.Tensor, scale: float | None) -> torch.Tensor:
-    return _sites[int(site)](q, k, v, scale).contiguous()
+_NAME = "pointillist"
+_handlers: dict[int, SiteHandler] = {}
+_numbers = itertools.count()
+with torch.inference_mode(False):
+    _current_site = torch.tensor(-1)
 
 
-@_attend.register_fake
-def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, site: torch.Tensor, scale: float | None) -> torch.Tensor:
-    return q.new_empty(*q.shape[:-1], v.shape[-1])
-
-
-class Bridge:
-    """The installed connection of one transformer: `sites` pairs (block, attention) with the function that computes it."""
-
-    def __init__(self, sites: list[tuple[torch.nn.Module, torch.nn.Module, Attend]]) -> None:
-        self._current = torch.zeros((), dtype=torch.int64)
-        self._name = f"pointillist_{next(_numbers)}"
-        self._member = self._register_backend()
-        self._undo: list[Callable[[], Any]] = []
-        for block, attention, attend in sites:
-            number = next(_numbers)
-            _sites[number] = attend
-            block._pointillist_site = torch.tensor(number)  # type: ignore[assignment]
-            block._pointillist_current = self._current
-            hook = block.register_forward_pre_hook(_announce_site)
-            processor, before = attention.processor, vars(attention.processor).get("_attention_backend")
-            processor._attention_backend = self._member
-            self._undo += [
-                hook.remove,
-                lambda number=number: _sites.pop(number),
-                lambda block=block: [vars(block).pop(n) for n in ("_pointillist_site", "_pointillist_current")],
-                lambda processor=processor, before=before: _restore(processor, before),
-            ]
-
-    def remove(self) -> None:
-        """Take everything out again; the processors get back what they had."""
-        for undo in self._undo:
-            undo()
-        self._undo.clear()
-        member = self._member
-        AttentionBackendName._member_map_.pop(self._name.upper())
-        AttentionBackendName._value2member_map_.pop(self._name)
-        for table in ("_backends", "_constraints", "_supported_arg_names"):
-            getattr(_AttentionBackendRegistry, table).pop(member)
-
-    def _register_backend(self) -> AttentionBackendName:
-        member = str.__new__(AttentionBackendName, self._name)
-        member._name_, member._value_ = self._name.upper(), self._name
-        AttentionBackendName._member_map_[member._name_] = member
-        AttentionBackendName._value2member_map_[self._name] = member
-        current = self._current
-
-        def backend(
-            query: torch.Tensor,
-            key: torch.Tensor,
-            value: torch.Tensor,
-            attn_mask: torch.Tensor | None = None,
-            dropout_p: float = 0.0,
-            is_causal: bool = False,
-            scale: float | None = None,
-            enable_gqa: bool = False,
-            _parallel_config: Any = None,
-        ) -> torch.Tensor:
-            if attn_mask is not None or dropout_p or is_causal or enable_gqa or _parallel_config is not None:
-                raise ValueError(
-                    "pointillist computes self-attention without mask, dropout, causality, grouped queries or context "
-                    f"parallelism; given: attn_mask={'a mask' if attn_mask is not None else None}, "
-                    f"dropout_p={dropout_p}, is_causal={is_causal}, enable_gqa={enable_gqa}, "
-                    f"parallel={_parallel_config is not None}"
-                )
-            return torch.ops.pointillist.attend(query, key, value, current, scale)
-
-        _AttentionBackendRegistry.register(member, constraints=[])(backend)
-        return member
-
-
-def dense_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, before: Any
+@torch.library.custom_op("pointillist::site_attention", mutates_args=())
+def _site_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, site: torch.Tensor, scale: float | None
 ) -> torch.Tensor:
-    """What Diffusers would have computed: its own dispatcher with the backend that the processor had `before`."""
-    return dispatch_attention_fn(q, k, v, scale=scale, backend=before)
+    handler = _handlers.get(int(site))  # `site` lies on the CPU: reading it waits for no device
+    if handler is None:
+        raise RuntimeError(
+            f"attention reached pointillist outside of an accelerated block (site {int(site)}): a processor "
+            "was moved to another module; restore() the handle and accelerate the pipeline again"
+        )
+    return handler(query, key, value, scale).contiguous()
 
 
-def backend_before(attention: torch.nn.Module) -> Any:
-    """The backend that a processor has now, to give to `dense_attention` later."""
-    return getattr(attention.processor, "_attention_backend", None)
+@_site_attention.register_fake
+def _(query, key, value, site, scale):
+    return query.new_empty(query.shape)
 
 
-def is_bridgeable(attention: torch.nn.Module) -> bool:
-    """Whether this attention asks Diffusers' dispatcher, so that a backend can be set on its processor."""
-    return hasattr(getattr(attention, "processor", None), "_attention_backend")
+def _backend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    return_lse: bool = False,
+    _parallel_config: Any = None,
+) -> torch.Tensor:
+    """Diffusers drops arguments that a backend does not name, so all are named, and refused here if set."""
+    refused = {
+        "attn_mask": attn_mask is not None,
+        "dropout_p": dropout_p != 0,
+        "is_causal": is_causal,
+        "enable_gqa": enable_gqa,
+        "return_lse": return_lse,
+        "parallel_config": _parallel_config is not None,
+    }
+    for name, given in refused.items():
+        if given:
+            raise ValueError(f"{name} was given to accelerated self-attention, which does not support it")
+    return _site_attention(query, key, value, _current_site, scale)
 
 
-def _announce_site(block: Any, args: tuple) -> None:
-    block._pointillist_current.copy_(block._pointillist_site)
+def _our_backend() -> AttentionBackendName:
+    """Our member of Diffusers' enum, registered on first use."""
+    members = AttentionBackendName._value2member_map_
+    if _NAME not in members:
+        member = str.__new__(AttentionBackendName, _NAME)
+        member._name_, member._value_ = _NAME.upper(), _NAME
+        AttentionBackendName._member_map_[_NAME.upper()] = member
+        members[_NAME] = member
+        _AttentionBackendRegistry.register(member)(_backend)
+    return members[_NAME]  # type: ignore[return-value]
 
 
-def _restore(processor: Any, before: Any) -> None:
-    if before is None:
-        vars(processor).pop("_attention_backend", None)
-    else:
-        processor._attention_backend = before
+def _announce_site(block: torch.nn.Module, args: tuple[Any, ...]) -> None:
+    _current_site.copy_(block._pointillist_site)  # type: ignore[arg-type]
+
+
+def route(block: torch.nn.Module, attention: Any, handler: SiteHandler) -> Callable[[], None]:
+    """Send the attention calls of `attention`, a submodule of `block`, to `handler`. Returns the undo."""
+    number = next(_numbers)
+    _handlers[number] = handler
+    with torch.inference_mode(False):
+        block._pointillist_site = torch.tensor(number)
+    hook = block.register_forward_pre_hook(_announce_site)
+    original = attention.processor
+    ours = copy.copy(original)  # the original may be shared with other modules, cross-attention among them
+    ours._attention_backend = _our_backend()
+    attention.processor = ours
+
+    def undo() -> None:
+        if attention.processor is ours:
+            attention.processor = original
+        hook.remove()
+        del block._pointillist_site
+        del _handlers[number]
+
+    return undo
+
+
+def original_attention(attention: Any) -> SiteHandler:
+    """What `attention` computes now: Diffusers' dispatcher with the backend that its processor asks for."""
+    backend = attention.processor._attention_backend
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> torch.Tensor:
+        return dispatch_attention_fn(q, k, v, scale=scale, backend=backend)
+
+    return attend
+
+
+def is_routed(attention: Any) -> bool:
+    """Whether the calls of `attention` come to us now."""
+    return getattr(attention.processor, "_attention_backend", None) == _NAME
+
+
+def uses_dispatcher(attention: Any) -> bool:
+    """Whether the processor of `attention` calls Diffusers' dispatcher, so that it can be routed."""
+    return hasattr(attention.processor, "_attention_backend")
+
+
+def is_parallel(attention: Any) -> bool:
+    """Whether the sequence or the heads of `attention` are split over several processes."""
+    return getattr(attention.processor, "_parallel_config", None) is not None
+
+
+def is_compiled(module: torch.nn.Module) -> bool:
+    """Whether `module` was given to torch.compile, which would not see hooks added from now on."""
+    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+
+
+def caching_hooks(transformer: torch.nn.Module) -> list[str]:
+    """Names of Diffusers' cache hooks found in `transformer`, however they came there."""
+    names: set[str] = set()
+    for module in transformer.modules():
+        registry = getattr(module, "_diffusers_hook", None)
+        names.update(registry.hooks if registry is not None else ())
+    words = ("cache", "fbc_", "pyramid_attention_broadcast", "taylorseer")
+    return sorted(name for name in names if any(word in name for word in words))

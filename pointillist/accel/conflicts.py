@@ -1,44 +1,81 @@
-"""Everything that can speak against accelerating a pipeline, checked before anything is changed."""
+"""Everything that is checked before anything is changed."""
 
+from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
+
+import torch
+
+from pointillist.accel import bridge
+from pointillist.accel.models import SUPPORTED, family_of
+from pointillist.kernels import choose_backend
 
 
 class AccelerateError(ValueError):
-    """The pipeline cannot be accelerated as asked; nothing was changed."""
+    """A pipeline or an argument that cannot be accelerated: what was given, what is allowed, what to do."""
 
 
-MARK = "_pointillist"
-"""Name of the attribute that an accelerated transformer carries."""
+@dataclass(frozen=True)
+class Target:
+    """A transformer to accelerate: its component name, and its family's module in `models`."""
 
-SUPPORTED = ("WanTransformer3DModel",)
-
-
-def transformers_of(pipe: Any) -> dict[str, Any]:
-    """The denoising transformers of `pipe`, by component name (Wan 2.2 has two)."""
-    found = {name: getattr(pipe, name, None) for name in ("transformer", "transformer_2")}
-    return {name: module for name, module in found.items() if module is not None}
+    name: str
+    transformer: Any
+    family: ModuleType
 
 
-def check(pipe: Any, cache: str | None, regions: str | None) -> None:
-    """Raise `AccelerateError` with what stands in the way, or return."""
+def targets_of(pipe: Any) -> tuple[Target, ...]:
+    """The transformers of `pipe`, all of them free of conflicts.
+
+    Raises:
+        AccelerateError: one is of an unsupported class, already accelerated, cached, compiled or parallel.
+    """
+    components = getattr(pipe, "components", None)
+    if not isinstance(components, dict):
+        raise AccelerateError(f"{type(pipe).__name__} is not a Diffusers pipeline: it has no components")
+    found = {name: components.get(name) for name in ("transformer", "transformer_2")}
+    targets = tuple(_target(name, module) for name, module in found.items() if module is not None)
+    if not targets:
+        raise AccelerateError(f"{type(pipe).__name__} has no transformer; supported are pipelines with a {SUPPORTED}")
+    for method in ("set_timesteps", "step"):
+        if not hasattr(components.get("scheduler"), method):
+            raise AccelerateError(f"the scheduler of {type(pipe).__name__} has no {method}; the steps are read from it")
+    return targets
+
+
+def check_arguments(pipe: Any, cache: str | None, regions: str | None, backend: str) -> None:
+    """Raises AccelerateError for values that this version cannot carry out."""
     for name, value in (("cache", cache), ("regions", regions)):
         if value not in ("auto", "none", None):
             raise AccelerateError(
-                f'{name}={value!r} is not available; allowed are "auto" (what the plan says) and "none"'
+                f"{name}={value!r} is not available; allowed are 'auto' (what the plan says) and 'none'"
             )
-    found = transformers_of(pipe)
-    if not found:
-        raise AccelerateError(f"{type(pipe).__name__} has no transformer to accelerate; give a diffusion pipeline with one")
-    for name, transformer in found.items():
-        kind = type(transformer).__name__
-        if kind not in SUPPORTED:
-            raise AccelerateError(f"{name} is a {kind}, which has no adapter; supported are {', '.join(SUPPORTED)}")
-        if hasattr(transformer, MARK):
-            raise AccelerateError(f"{name} is accelerated already; call restore() on the earlier handle first")
-        if getattr(transformer, "is_cache_enabled", False):
+    try:
+        choose_backend(pipe.device, backend)
+    except ValueError as error:
+        raise AccelerateError(str(error)) from error
+
+
+def _target(name: str, transformer: torch.nn.Module) -> Target:
+    described = f"pipe.{name} ({type(transformer).__name__})"
+    if bridge.is_compiled(transformer):
+        raise AccelerateError(f"{described} is compiled; call accelerate first and torch.compile after it")
+    family = family_of(transformer)
+    if family is None:
+        raise AccelerateError(f"{described} is not supported; supported is {SUPPORTED}")
+    sites = family.sites(transformer)
+    if any(bridge.is_routed(attention) for _, attention in sites):
+        raise AccelerateError(f"{described} is already accelerated; call restore() on the first handle")
+    if any(bridge.is_compiled(block) for block, _ in sites):
+        raise AccelerateError(f"{described} has compiled blocks; call accelerate first and compile after it")
+    if caches := bridge.caching_hooks(transformer):
+        raise AccelerateError(f"{described} has a Diffusers cache ({', '.join(caches)}); call disable_cache() on it")
+    if any(bridge.is_parallel(attention) for _, attention in sites):
+        raise AccelerateError(f"{described} is split over processes (enable_parallelism), which is not supported")
+    for layer, (_, attention) in enumerate(sites):
+        if not bridge.uses_dispatcher(attention):
             raise AccelerateError(
-                f"{name} has a Diffusers cache enabled, which would skip what is planned; "
-                f"call pipe.{name}.disable_cache() first"
+                f"{described} has a {type(attention.processor).__name__} at {family.site_name(layer)}, "
+                "which does not call Diffusers' attention dispatcher; set the model's own processor"
             )
-        if getattr(transformer, "_parallel_config", None) is not None:
-            raise AccelerateError(f"{name} is split over several devices; only whole transformers on one device are supported")
+    return Target(name, transformer, family)

@@ -1,4 +1,4 @@
-"""The plan: how every head of every layer computes attention, and its file."""
+"""`Plan`: how every head of every layer computes attention; its file and its validation."""
 
 from __future__ import annotations
 
@@ -6,186 +6,196 @@ import json
 import math
 import os
 import tempfile
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.numpy import save as to_safetensors
 
-from pointillist.accel.patterns import DEFAULT_TAILS, PATTERNS
 from pointillist.accel.schedule import Schedule
-from pointillist.accel.tiles import Grid
 
 SCHEMA = 1
+PATTERN_NAMES = ("dense", "window", "pooled")
 TAILS = ("none", "pooled")
+MAX_LAYERS = MAX_HEADS = 1024
 
 
 class PlanError(ValueError):
-    """A plan, or the file it should come from, is not valid."""
+    """A plan that is not one: what was found, and what is allowed."""
 
 
 @dataclass(frozen=True)
-class Choice:
-    """One entry of the pattern table: a pattern, its density, and what stands in for the dropped pairs."""
+class Rule:
+    """What one head does in sparse steps: a pattern at a density in (0, 1]."""
 
     pattern: str
     density: float
-    tail: str
+
+    def __post_init__(self) -> None:
+        if self.pattern not in PATTERN_NAMES:
+            raise PlanError(f"pattern {self.pattern!r} is unknown; allowed are {', '.join(PATTERN_NAMES)}")
+        if not _is_number(self.density) or not 0 < self.density <= 1:
+            raise PlanError(f"density is {self.density!r}; it must be a number above 0 and at most 1")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How to compute attention. `assignment[layer][head]` is an index into `choices`; None is choice 0 everywhere."""
+    """Patterns for every layer and head, the tail for what they drop, and the schedule of steps."""
 
-    choices: tuple[Choice, ...]
-    schedule: Schedule = Schedule()
-    assignment: tuple[tuple[int, ...], ...] | None = None
+    name: str
+    table: tuple[tuple[Rule, ...], ...]
+    """One row per layer, or one for all; in it one rule per head, or one for all."""
+    tail: str = "none"
+    """What stands in for dropped pairs: `none`, or `pooled` (block means)."""
+    schedule: Schedule = field(default_factory=Schedule)
     block: int = 128
-    """Tokens in a tile, at most."""
-    name: str = "uniform"
-    model: str | None = None
-    """Fingerprint of the model that the plan is for; None fits any."""
-    grid: Grid | None = None
-    """Token grid that the plan was made on; it carries over to others."""
-    facts: dict[str, Any] = field(default_factory=dict)
-    """What is known of it: hardware, predicted and measured cost and error, search settings."""
+    """At most so many tokens are in a block."""
+    min_tokens: int = 0
+    """Shorter sequences run densely: there, selection costs more than it saves."""
+    model: str = "any"
+    """Fingerprint of the transformer that the plan was made for."""
+    grid: tuple[int, int, int] | None = None
+    """The token grid that it was made for; it carries over to others."""
+    hardware: str | None = None
+    predicted: dict[str, float] = field(default_factory=dict)
+    """Cost and error as predicted, and as measured, by name."""
+    measured: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _require(0 < len(self.choices) <= 4096, f"a plan needs 1 to 4096 choices, not {len(self.choices)}")
-        for choice in self.choices:
-            _require(
-                choice.pattern in PATTERNS, f"pattern {choice.pattern!r} is unknown; allowed are {', '.join(PATTERNS)}"
-            )
-            _require(
-                _is_number(choice.density) and 0 < choice.density <= 1,
-                f"density {choice.density!r} is not a number above 0 and at most 1",
-            )
-            _require(choice.tail in TAILS, f"tail {choice.tail!r} is not available; allowed are {', '.join(TAILS)}")
-        _require(
-            _is_whole(self.block) and 16 <= self.block <= 1024, f"block {self.block!r} is not a whole number from 16 to 1024"
-        )
-        schedule = self.schedule
-        _require(
-            _is_whole(schedule.dense_steps) and schedule.dense_steps >= 0,
-            f"dense_steps {schedule.dense_steps!r} is not a whole number from 0",
-        )
-        above = schedule.dense_above
-        _require(
-            above is None or (_is_number(above) and 0 <= above <= 1), f"dense_above {above!r} is not a number from 0 to 1"
-        )
-        for row in self.assignment or ():
-            _require(
-                all(_is_whole(i) and 0 <= i < len(self.choices) for i in row),
-                f"an assignment names a choice outside 0 to {len(self.choices) - 1}",
-            )
-            _require(
-                len({self.choices[i].tail for i in row if self.choices[i].pattern != "dense"}) <= 1,
-                "the heads of one layer must share their tail",
-            )
+        _check(self)
 
     @classmethod
     def uniform(
         cls, pattern: str, density: float, *, tail: str = "default", dense_steps: int = 0, block: int = 128
     ) -> Plan:
-        """The same everywhere, exactly as said: no minimum length, no dense layers, no break-even test.
+        """The same pattern and density in every head of every model, at any length: exactly that.
 
         Args:
-            pattern: "dense", "window" or "pooled".
-            density: kept share of the pairs, above 0 and at most 1; 1 is dense.
-            tail: "none", "pooled" (block means stand in for what is dropped), or the pattern's default.
-            dense_steps: how many first steps stay dense.
-            block: tokens in a tile, at most.
+            tail: `none`, `pooled`, or `default` (pooled for the pattern `pooled`, else none).
+            dense_steps: so many first steps are dense.
 
         Raises:
-            PlanError: a value that is not allowed; the message says which are.
+            PlanError: a value that is not allowed.
         """
+        rule = Rule(pattern, density)
         if tail == "default":
-            tail = DEFAULT_TAILS.get(pattern, "none")
-        return cls((Choice(pattern, density, tail),), Schedule(dense_steps=dense_steps), block=block)
-
-    def choice_of(self, layer: int, head: int) -> Choice:
-        """The choice for one head; a layer or head beyond the assignment's own takes the last one's."""
-        if self.assignment is None:
-            return self.choices[0]
-        row = self.assignment[min(layer, len(self.assignment) - 1)]
-        return self.choices[row[min(head, len(row) - 1)]]
-
-    def with_density(self, density: float) -> Plan:
-        """The same plan with the density of every sparse choice replaced."""
-        return replace(
-            self, choices=tuple(c if c.pattern == "dense" else replace(c, density=density) for c in self.choices)
-        )
-
-    def save(self, path: str | Path) -> None:
-        """Write the plan as one safetensors file, whole or not at all."""
-        path = Path(path)
-        header = {
-            "schema": SCHEMA, "choices": [asdict(c) for c in self.choices], "schedule": asdict(self.schedule),
-            "block": self.block, "name": self.name, "model": self.model, "grid": self.grid, "facts": self.facts,
-        }  # fmt: skip
-        rows = self.assignment if self.assignment is not None else ()
-        tensors = {"assignment": torch.tensor(rows, dtype=torch.int32).reshape(len(rows), -1 if rows else 0)}
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-        try:
-            save_file(tensors, temporary, metadata={"pointillist_plan": json.dumps(header, allow_nan=False)})
-            os.replace(temporary, path)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
-
-    @classmethod
-    def load(cls, path: str | Path) -> Plan:
-        """Read a plan file. Any bytes give a plan or a `PlanError`; nothing is executed."""
-        path = Path(path)
-        if not path.is_file():
-            raise PlanError(f"there is no plan file {str(path)!r}; give a file that `pointillist search` wrote")
-        try:
-            with safe_open(path, framework="pt") as file:
-                text = (file.metadata() or {}).get("pointillist_plan")
-                _require(text is not None, f"{str(path)!r} is a safetensors file but no plan")
-                rows = file.get_tensor("assignment")
-            return cls._from_parts(json.loads(text), rows)
-        except PlanError as error:
-            raise PlanError(f"{str(path)!r} is not a valid plan: {error}") from None
-        except (SafetensorError, OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-            raise PlanError(f"{str(path)!r} is not a plan file ({type(error).__name__}: {error})") from None
-
-    @classmethod
-    def _from_parts(cls, header: dict[str, Any], rows: torch.Tensor) -> Plan:
-        _require(isinstance(header, dict), "its header is not an object")
-        _require(header.get("schema") == SCHEMA, f"its schema is {header.get('schema')!r}; this version reads {SCHEMA}")
-        _require(rows.ndim == 2 and rows.dtype == torch.int32, "its assignment is not a table of int32")
-        grid, model, name, facts = header["grid"], header["model"], header["name"], header["facts"]
-        _require(
-            grid is None or (len(grid) == 3 and all(_is_whole(n) and 0 < n <= 1 << 16 for n in grid)),
-            f"grid {grid!r} is not three sizes",
-        )
-        _require(
-            isinstance(name, str) and isinstance(facts, dict) and (model is None or isinstance(model, str)),
-            "its name, model or facts have a wrong type",
-        )
+            tail = "pooled" if pattern == "pooled" else "none"
+        steps = f", {dense_steps} dense steps" if dense_steps else ""
         return cls(
-            choices=tuple(Choice(c["pattern"], c["density"], c["tail"]) for c in header["choices"]),
-            schedule=Schedule(header["schedule"]["dense_steps"], header["schedule"]["dense_above"]),
-            assignment=tuple(tuple(row) for row in rows.tolist()) if rows.numel() else None,
-            block=header["block"],
-            name=name,
-            model=model,
-            grid=tuple(grid) if grid else None,  # type: ignore[arg-type]
-            facts=facts,
+            name=f"uniform {pattern} at {density:g}, tail {tail}{steps}",
+            table=((rule,),),
+            tail=tail,
+            schedule=Schedule(dense_steps=dense_steps),
+            block=block,
         )
 
+    def rules(self, layer: int) -> tuple[Rule, ...]:
+        """The rules of a layer: one for all heads, or one for each."""
+        return self.table[0] if len(self.table) == 1 else self.table[layer]
 
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    def check_fits(self, model: str, layers: int, heads: int) -> None:
+        """Raises PlanError if the plan was made for another model than this one."""
+        if self.model not in ("any", model):
+            raise PlanError(f"the plan {self.name!r} was made for the model {self.model}; this one is {model}")
+        if len(self.table) not in (1, layers):
+            raise PlanError(f"the plan {self.name!r} has {len(self.table)} layers; the model has {layers}")
+        if any(len(row) not in (1, heads) for row in self.table):
+            raise PlanError(f"the plan {self.name!r} has rows whose length is neither 1 nor {heads}, the model's heads")
+
+    def to_json(self) -> str:
+        """The plan as a JSON object, the inverse of `from_json`."""
+        return json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Raises PlanError unless `text` is a valid plan in every value."""
+        try:
+            values = json.loads(text, parse_constant=_refuse_constant)
+        except (ValueError, RecursionError) as error:
+            raise PlanError(f"the plan is not JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise PlanError(f"the plan is a JSON {type(values).__name__}; it must be an object")
+        if values.pop("schema", None) != SCHEMA:
+            raise PlanError(f"the plan's schema is not {SCHEMA}, the one that this version reads")
+        values = _only_fields(cls, values, "plan")
+        try:
+            table = tuple(tuple(Rule(**_only_fields(Rule, rule, "rule")) for rule in row) for row in values["table"])
+            schedule = Schedule(**_only_fields(Schedule, values.get("schedule", {}), "schedule"))
+            grid = values.get("grid")
+            values.update(table=table, schedule=schedule, grid=None if grid is None else tuple(grid))
+            return cls(**values)
+        except (TypeError, KeyError) as error:
+            raise PlanError(f"the plan lacks a value or has one of the wrong kind: {error}") from error
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a plan file: to a temporary file beside it first, then renamed. Raises OSError."""
+        path = Path(path)
+        data = to_safetensors({}, metadata={"pointillist.plan": self.to_json()})
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
+            Path(temporary).chmod(0o644)
+            Path(temporary).replace(path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Read a plan file; nothing in it is executed. Raises PlanError for anything that is not a plan."""
+        try:
+            with safe_open(os.fspath(path), framework="np") as file:
+                metadata = file.metadata() or {}
+        except (SafetensorError, OSError, ValueError) as error:
+            raise PlanError(f"cannot read a plan from {os.fspath(path)}: {error}") from error
+        if "pointillist.plan" not in metadata:
+            raise PlanError(f"{os.fspath(path)} is a safetensors file without a plan in its metadata")
+        return cls.from_json(metadata["pointillist.plan"])
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _check(plan: Plan) -> None:
+    """Raises PlanError for the first value of `plan` that is not allowed."""
+    if plan.tail == "rescaled":
+        raise PlanError("tail 'rescaled' is not built yet; use 'pooled' or 'none'")
+    if plan.tail not in TAILS:
+        raise PlanError(f"tail {plan.tail!r} is unknown; allowed are {', '.join(TAILS)}")
+    if not all(isinstance(text, str) for text in (plan.name, plan.model)):
+        raise PlanError(f"name {plan.name!r} and model {plan.model!r} must be text")
+    if plan.hardware is not None and not isinstance(plan.hardware, str):
+        raise PlanError(f"hardware is {plan.hardware!r}; it must be text or absent")
+    if not 1 <= len(plan.table) <= MAX_LAYERS or not all(1 <= len(row) <= MAX_HEADS for row in plan.table):
+        raise PlanError(f"the table must have 1 to {MAX_LAYERS} rows of 1 to {MAX_HEADS} rules")
+    if not _is_count(plan.block) or not 1 <= plan.block <= 4096:
+        raise PlanError(f"block is {plan.block!r}; it must be a whole number from 1 to 4096")
+    if not _is_count(plan.min_tokens):
+        raise PlanError(f"min_tokens is {plan.min_tokens!r}; it must be a whole number, 0 or more")
+    if plan.grid is not None and not (len(plan.grid) == 3 and all(_is_count(n) and n > 0 for n in plan.grid)):
+        raise PlanError(f"grid is {plan.grid!r}; it must be three whole numbers (T, H, W), each at least 1")
+    if not _is_count(plan.schedule.dense_steps):
+        raise PlanError(f"dense_steps is {plan.schedule.dense_steps!r}; it must be a whole number, 0 or more")
+    if not _is_number(plan.schedule.dense_above) or not 0 <= plan.schedule.dense_above <= 1:
+        raise PlanError(f"dense_above is {plan.schedule.dense_above!r}; it must be a number from 0 to 1")
+    for figures in (plan.predicted, plan.measured):
+        if not isinstance(figures, dict) or not all(_is_number(value) for value in figures.values()):
+            raise PlanError(f"predicted and measured must be objects of numbers; one is {figures!r}")
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise PlanError(message)
+def _only_fields(cls: type, values: Any, what: str) -> dict[str, Any]:
+    known = cls.__dataclass_fields__  # type: ignore[attr-defined]
+    if not isinstance(values, dict) or set(values) - set(known):
+        raise PlanError(f"a {what} must be an object with no other keys than {', '.join(known)}; found {values!r:.200}")
+    return dict(values)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a number")

@@ -1,75 +1,113 @@
-"""What an accelerated pipeline really did."""
+"""What really ran: the record that a running generation writes, and the report made from it."""
 
-from __future__ import annotations
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from collections import defaultdict
-from dataclasses import dataclass
-from typing import Any
+import torch
+
+from pointillist.accel.tiles import Grid
+from pointillist.accel.timing import Moment, seconds_between
+
+
+class Call(NamedTuple):
+    """One attention call. Moments and the density stay on their device until a report is asked for."""
+
+    site: str
+    branch: str
+    step: int | None
+    density: torch.Tensor | None
+    """0-d; None if the call was dense."""
+    start: Moment
+    end: Moment
+
+
+@dataclass
+class Record:
+    """Facts of one generation."""
+
+    calls: list[Call] = field(default_factory=list)
+    first_call: Moment | None = None
+    last_step: Moment | None = None
+    fallbacks: Counter[str] = field(default_factory=Counter)
+    grid: Grid | None = None
+    backend: tuple[str, str] | None = None
+    """Name and reason, once a sparse call has run."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """The latest generation, in numbers. Times in seconds; densities are shares of the video × video pairs."""
+    """The last generation. `str()` of it is a table."""
 
     plan: str
     plan_source: str
     backend: str
     backend_reason: str
-    tokens: int
     density: float | None
-    """Mean over the sparse calls; None if there was none."""
-    density_overall: float | None
-    """Mean over all computed calls."""
+    """Mean over the sparse calls; None if there were none."""
+    density_overall: float
+    """Mean over all calls, dense ones counting 1."""
     density_per_site: dict[str, float]
+    """Mean over the sparse calls of each site; 1 where there were none."""
     steps: dict[str, int]
-    """Steps of each kind: dense, sparse, cached, region."""
+    """How many steps were `dense`, `sparse`, `cached`, `region`."""
     attention_seconds: float
-    denoise_seconds: float | None
-    fallbacks: tuple[str, ...]
+    """Inside self-attention, from final q, k, v to its output; selection and layout included."""
+    denoise_seconds: float
+    """From the first transformer call to the end of the last scheduler step."""
+    tokens: int
+    fallbacks: list[str]
+    """What ran densely although the plan said sparse, and why."""
 
     def __str__(self) -> str:
-        def number(value: Any) -> str:
-            return "–" if value is None else f"{value:.3f}"
-
+        steps = ", ".join(f"{count} {kind}" for kind, count in self.steps.items() if count) or "none"
         rows = [
             ("plan", f"{self.plan} ({self.plan_source})"),
             ("backend", f"{self.backend} ({self.backend_reason})"),
-            ("tokens", str(self.tokens)),
-            ("density", f"{number(self.density)} in sparse calls, {number(self.density_overall)} over all"),
-            ("steps", ", ".join(f"{count} {kind}" for kind, count in self.steps.items() if count) or "none yet"),
-            ("attention", f"{self.attention_seconds:.2f} s"),
-            ("denoising", f"{number(self.denoise_seconds)} s"),
+            ("tokens", f"{self.tokens:,}"),
+            ("steps", steps),
+            (
+                "density",
+                "no sparse call" if self.density is None else f"{self.density:.3f} over sparse calls",
+            ),
+            ("", f"{self.density_overall:.3f} over all calls"),
+            ("attention", f"{self.attention_seconds:.2f} s of {self.denoise_seconds:.2f} s of denoising"),
             *(("fallback", reason) for reason in self.fallbacks),
         ]
         return "\n".join(f"{name:<10} {value}" for name, value in rows)
 
 
-def make_report(runtime: Any, plan: str, plan_source: str, backend: str, backend_reason: str) -> Report:
-    """Summarise the record of `runtime`'s latest generation."""
-    record, run = runtime.current_record(), runtime.run
-    densities, by_site, sparse_steps = [], defaultdict(list), set()
-    for site, _, step, density in record.calls:
-        densities.append(density)
-        by_site[site].append(density)
-        if density < 1:
-            sparse_steps.add(step)
-    sparse = [d for d in densities if d < 1]
-    steps = {step for _, _, step, _ in record.calls}
+def make_report(record: Record, plan: str, plan_source: str, dense_backend: tuple[str, str]) -> Report:
+    """Waits for the device, so it is for after a generation."""
+    densities: defaultdict[str, list[float]] = defaultdict(list)
+    steps: dict[int, str] = {}
+    for call in record.calls:
+        if call.density is not None:
+            densities[call.site].append(float(call.density))
+        if call.step is not None and (call.density is not None or call.step not in steps):
+            steps[call.step] = "dense" if call.density is None else "sparse"
+    sparse = [density for each in densities.values() for density in each]
+    calls = len(record.calls)
+    sites = dict.fromkeys(call.site for call in record.calls)
+    backend, reason = record.backend or dense_backend
+    denoise = 0.0
+    if record.first_call is not None and record.last_step is not None:
+        denoise = seconds_between(record.first_call, record.last_step)
     return Report(
         plan=plan,
         plan_source=plan_source,
         backend=backend,
-        backend_reason=backend_reason,
-        tokens=record.tokens,
-        density=_mean(sparse),
-        density_overall=_mean(densities),
-        density_per_site={site: sum(values) / len(values) for site, values in by_site.items()},
-        steps={"dense": len(steps - sparse_steps), "sparse": len(sparse_steps), "cached": 0, "region": 0},
-        attention_seconds=record.attention_seconds(),
-        denoise_seconds=run.finished - run.started if run.started and run.finished else None,
-        fallbacks=tuple(runtime.fallbacks),
+        backend_reason=reason,
+        density=_mean(sparse) if sparse else None,
+        density_overall=(sum(sparse) + calls - len(sparse)) / calls if calls else 1.0,
+        density_per_site={site: _mean(densities[site]) if site in densities else 1.0 for site in sites},
+        steps={kind: list(steps.values()).count(kind) for kind in ("dense", "sparse", "cached", "region")},
+        attention_seconds=sum(seconds_between(call.start, call.end) for call in record.calls),
+        denoise_seconds=denoise,
+        tokens=record.grid[0] * record.grid[1] * record.grid[2] if record.grid else 0,
+        fallbacks=[f"{reason} ({count} calls)" for reason, count in record.fallbacks.items()],
     )
 
 
-def _mean(values: list[float]) -> float | None:
-    return sum(values) / len(values) if values else None
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

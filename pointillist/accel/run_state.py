@@ -1,14 +1,9 @@
-"""Where a run stands: generation, step, sigma, branch, transformer, token grid. All of it is derived.
+"""`RunState`: where in a generation we are, derived from what the pipeline does; nothing is counted."""
 
-A generation begins when the scheduler's `set_timesteps` is called; the step is the scheduler's own index; the branch
-is the name of the transformer's `cache_context`.
-"""
-
-from __future__ import annotations
-
+import contextlib
 import functools
-import time
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,118 +12,144 @@ from pointillist.accel.tiles import Grid
 
 
 class RunState:
-    """Derived state of one pipeline's run. `install()` observes the scheduler and the transformers; `remove()` undoes it."""
+    """A generation begins with `set_timesteps`; the rest is read off each transformer call."""
 
-    def __init__(self, pipe: Any, transformers: dict[str, Any]) -> None:
+    def __init__(self) -> None:
         self.generation = 0
         self.sigmas: tuple[float, ...] = ()
-        self.transformer = ""
+        """Of all steps of the generation, noisiest first, in the scheduler's units."""
+        self.step: int | None = None
+        """Index into `sigmas` of the running transformer call; None outside of a generation."""
         self.branch = ""
-        self.step = 0
-        self.grid: Grid = (0, 0, 0)
-        self.started: float | None = None
-        self.finished: float | None = None
-        self._pipe = pipe
-        self._transformers = transformers
-        self._scheduler: Any = None
+        """Guidance pass of the running call: the `cache_context`, else the call's place within the step."""
+        self.expert = ""
+        """Component name of the running transformer."""
+        self.grid: Grid | None = None
+        """Token grid of the running call, None between calls."""
+        self.thread: int | None = None
         self._context: str | None = None
-        self._unnamed_calls: dict[tuple[str, int], int] = {}
-        self._hooks: list[Any] = []
-
-    def install(self, token_grid: Any) -> None:
-        """Begin to observe. `token_grid(transformer, hidden_states)` is the model family's."""
-        self._watch_scheduler()
-        for name, transformer in self._transformers.items():
-            transformer.cache_context = self._named_context(transformer.cache_context)
-            self._hooks.append(
-                transformer.register_forward_pre_hook(
-                    functools.partial(self._enter, name, token_grid), with_kwargs=True
-                )
-            )
-
-    def remove(self) -> None:
-        """Stop observing and leave no trace."""
-        for hook in self._hooks:
-            hook.remove()
-        for transformer in self._transformers.values():
-            vars(transformer).pop("cache_context", None)
-        self._unwatch_scheduler()
+        self._timesteps: torch.Tensor | None = None
+        self._unnamed: tuple[tuple[str, int | None], int] = (("", None), 0)
 
     @property
-    def sigma(self) -> float:
-        """Noise level of the current step; NaN where the scheduler has no sigmas."""
-        return self.sigmas[self.step] if self.step < len(self.sigmas) else float("nan")
+    def sigma(self) -> float | None:
+        return None if self.step is None else self.sigmas[self.step]
 
-    def begin_generation(self) -> None:
-        """A new call of the pipeline: nothing of the earlier one is left."""
+    def begin_generation(self, scheduler: Any) -> None:
+        """Take over the steps that `scheduler` has just set; what an earlier generation left is dropped."""
         self.generation += 1
-        steps = len(self._scheduler.timesteps)
-        sigmas = getattr(self._scheduler, "sigmas", None)
-        self.sigmas = tuple(float(s) for s in sigmas[:steps]) if sigmas is not None else ()
-        self.started = self.finished = None
-        self._unnamed_calls.clear()
+        self._timesteps = torch.as_tensor(scheduler.timesteps)
+        levels = getattr(scheduler, "sigmas", None)
+        count = len(self._timesteps)
+        usable = levels is not None and len(levels) >= count
+        self.sigmas = tuple(float(level) for level in torch.as_tensor(levels if usable else self._timesteps)[:count])
+        self._unnamed = (("", None), 0)
+        self.leave()
 
-    def _enter(self, name: str, token_grid: Any, transformer: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-        if self._pipe.scheduler is not self._scheduler:  # the user has changed the scheduler since
-            self._unwatch_scheduler()
-            self._watch_scheduler()
-            self.begin_generation()
-        hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        if self.started is None:
-            _synchronize(hidden_states.device)
-            self.started = time.perf_counter()
-        index = getattr(self._scheduler, "step_index", None)
-        self.step = index if index is not None else (getattr(self._scheduler, "begin_index", None) or 0)
-        self.transformer = name
-        self.grid = token_grid(transformer, hidden_states)
-        self.branch = self._context if self._context is not None else self._unnamed_branch(name)
+    def enter(self, expert: str, timestep: torch.Tensor, grid: Grid) -> None:
+        """A transformer call begins."""
+        self.expert, self.grid, self.thread = expert, grid, threading.get_ident()
+        self.step = self._step_of(timestep)
+        self.branch = self._context if self._context is not None else self._place_within_step()
 
-    def _unnamed_branch(self, name: str) -> str:
-        """Without a context, branches are told apart by their order within one step."""
-        key = (name, self.step)
-        order = self._unnamed_calls.get(key, 0)
-        self._unnamed_calls[key] = order + 1
-        return f"call {order}"
+    def leave(self) -> None:
+        """A transformer call has ended, well or not."""
+        self.step, self.branch, self.expert, self.grid, self.thread = None, "", "", None, None
 
-    def _named_context(self, original: Any) -> Any:
-        @functools.wraps(original)
-        @contextmanager
-        def cache_context(name: str, **kwargs: Any):
-            self._context = name
-            try:
-                with original(name, **kwargs):
-                    yield
-            finally:
-                self._context = None
+    @contextlib.contextmanager
+    def context(self, name: str) -> Iterator[None]:
+        """The calls inside belong to the guidance branch `name`."""
+        outer, self._context = self._context, name
+        try:
+            yield
+        finally:
+            self._context = outer
 
-        return cache_context
+    def _step_of(self, timestep: torch.Tensor) -> int | None:
+        """The index of `timestep` in the scheduler's list; None if it is not in it.
 
-    def _watch_scheduler(self) -> None:
-        scheduler = self._scheduler = self._pipe.scheduler
-        set_timesteps, step = scheduler.set_timesteps, scheduler.step
+        Pipelines pass views of that list, and then the place in memory tells the index without waiting for
+        the device. Other values are looked up; a tolerance of 0.5 % allows for rounding to bfloat16.
+        """
+        known = self._timesteps
+        if known is None or not len(known):
+            return None
+        if (
+            timestep.dtype == known.dtype
+            and timestep.untyped_storage().data_ptr() == known.untyped_storage().data_ptr()
+        ):
+            return (timestep.storage_offset() - known.storage_offset()) // max(known.stride(0), 1)
+        value = float(timestep.max())
+        distances = (known.to("cpu", torch.float64) - value).abs()
+        step = int(distances.argmin())
+        return step if float(distances[step]) <= 0.005 * float(known.abs().max()) else None
 
-        @functools.wraps(set_timesteps)
-        def watched_set_timesteps(*args: Any, **kwargs: Any) -> Any:
-            result = set_timesteps(*args, **kwargs)
-            self.begin_generation()
-            return result
-
-        @functools.wraps(step)
-        def watched_step(*args: Any, **kwargs: Any) -> Any:
-            result = step(*args, **kwargs)
-            if scheduler.step_index is None or scheduler.step_index >= len(scheduler.timesteps):
-                sample = result[0] if isinstance(result, tuple) else result.prev_sample
-                _synchronize(sample.device)
-            self.finished = time.perf_counter()
-            return result
-
-        scheduler.set_timesteps, scheduler.step = watched_set_timesteps, watched_step
-
-    def _unwatch_scheduler(self) -> None:
-        for name in ("set_timesteps", "step"):
-            vars(self._scheduler).pop(name, None)
+    def _place_within_step(self) -> str:
+        """Names a call by its order among the calls of one transformer at one step."""
+        here = (self.expert, self.step)
+        seen, calls = self._unnamed
+        calls = calls + 1 if seen == here else 0
+        self._unnamed = (here, calls)
+        return f"call {calls}"
 
 
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+Undo = Callable[[], None]
+
+
+def watch_generations(scheduler: Any, began: Callable[[Any], None], stepped: Callable[[], None]) -> Undo:
+    """Call `began(scheduler)` after each `set_timesteps` and `stepped()` after each `step`. Returns the undo.
+
+    Only this instance is changed, and signatures stay visible: pipelines inspect them.
+    """
+
+    def set_timesteps(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        began(scheduler)
+        return result
+
+    def step(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        stepped()
+        return result
+
+    undo_set_timesteps = _wrap(scheduler, "set_timesteps", set_timesteps)
+    undo_step = _wrap(scheduler, "step", step)
+
+    def undo() -> None:
+        undo_step()
+        undo_set_timesteps()
+
+    return undo
+
+
+def watch_branches(transformer: Any, state: RunState) -> Undo:
+    """Read the guidance branch off the transformer's `cache_context`, if it has one. Returns the undo."""
+    if not hasattr(transformer, "cache_context"):
+        return lambda: None
+
+    @contextlib.contextmanager
+    def cache_context(original: Callable[..., Any], name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
+        with original(name, *args, **kwargs), state.context(name):
+            yield
+
+    return _wrap(transformer, "cache_context", cache_context)
+
+
+def _wrap(owner: Any, name: str, around: Callable[..., Any]) -> Undo:
+    """Replace the method `name` of this instance by `around(original, …)`. Returns the undo."""
+    earlier = vars(owner).get(name)
+    original = getattr(owner, name)
+
+    @functools.wraps(original)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return around(original, *args, **kwargs)
+
+    setattr(owner, name, wrapper)
+
+    def undo() -> None:
+        if earlier is None:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, earlier)
+
+    return undo

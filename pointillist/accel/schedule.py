@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Schedule:
-    """The first steps decide the picture's layout and are computed densely; the others follow the patterns."""
+    """The first steps decide the layout of the picture and are dense; the others follow the patterns."""
 
     dense_steps: int = 0
     """At least so many first steps are dense, whatever their sigmas."""
     dense_above: float = 1.0
-    """Steps whose sigma exceeds this share of the first one's are dense too: it carries to any number of steps."""
+    """Steps whose sigma exceeds this share of the first one's are dense: it carries to any step count."""
 
     def kind(self, step: int | None, sigmas: tuple[float, ...]) -> str:
         """`dense` or `sparse`. A schedule without dense steps needs no `step`; else an unknown step is dense.

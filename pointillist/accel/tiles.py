@@ -1,8 +1,8 @@
 """Cuts a token sequence into blocks that are compact in the video, not in the sequence.
 
-A local token order is worth about 1.5 dB over raster order at equal density (DFSAttn; see `docs/accelerate.md`):
-the keys of a compact block resemble each other, so their mean speaks for them. Tiles divide each axis evenly,
-so every tile is one block and none is padded.
+A local token order is worth about 1.5 dB over raster order at equal density (DFSAttn): the keys of a compact
+block resemble each other, so their mean speaks for them. Tiles divide each axis evenly, so every tile is one
+block and none is padded.
 """
 
 import math
@@ -26,7 +26,7 @@ class Segment:
 
 @dataclass(frozen=True, eq=False)
 class Tiling:
-    """The blocks of a sequence of S tokens: video tiles, then blocks of the other segments, which are exact."""
+    """The blocks of a sequence of S tokens: video tiles, then those of other segments, which are exact."""
 
     order: torch.Tensor
     """int64 [S]: the token at each place."""
@@ -77,7 +77,7 @@ def tile_counts(grid: Grid, block: int) -> Grid:
 
 @lru_cache(maxsize=16)
 def tiling_of(grid: Grid, segments: tuple[Segment, ...], block: int, device: torch.device) -> Tiling:
-    """The tiling of a sequence on `device`; a pure function of its arguments, so it is shared by all callers."""
+    """The tiling of a sequence on `device`; a pure function of its arguments, so all callers share it."""
     tile_of_video, centres = _video_tiles(grid, tile_counts(grid, block))
     tiles = centres.shape[0]
     block_of_token = torch.empty(sum(segment.length for segment in segments), dtype=torch.int64)

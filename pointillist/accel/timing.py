@@ -1,4 +1,4 @@
-"""Moments on a device: the host's clock on CPUs, events on CUDA, so that measuring never waits for the device."""
+"""Moments on a device: the host's clock on CPUs, events on CUDA, so measuring never waits for the device."""
 
 import time
 
@@ -18,8 +18,9 @@ def now(device: torch.device) -> Moment:
 
 def seconds_between(start: Moment, end: Moment) -> float:
     """Seconds from one moment to a later one on the same device; waits until the later one has come."""
-    if isinstance(start, float) or isinstance(end, float):
-        assert isinstance(start, float) and isinstance(end, float), "moments of two kinds of device"
+    if isinstance(start, float):
+        assert isinstance(end, float), "moments of two kinds of device"
         return end - start
+    assert not isinstance(end, float), "moments of two kinds of device"
     end.synchronize()
     return start.elapsed_time(end) / 1000

@@ -1,6 +1,8 @@
 """The public kernels: check the arguments once, choose a backend, and say which and why."""
 
+import importlib
 import importlib.util
+from collections.abc import Callable
 
 import torch
 
@@ -93,7 +95,13 @@ def pooled_attention(
     plain matrix products are fast on every device.
     """
     return reference.pooled_attention(
-        q, pooled_k, pooled_v, log_counts, pairs, query_bounds, q.shape[-1] ** -0.5 if scale is None else scale
+        q,
+        pooled_k,
+        pooled_v,
+        log_counts,
+        pairs,
+        query_bounds,
+        q.shape[-1] ** -0.5 if scale is None else scale,
     )
 
 
@@ -137,14 +145,10 @@ def _in_order(x: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
     return x.gather(2, order.expand(*x.shape[:2], -1)[..., None].expand_as(x))
 
 
-def _backend(name: str):
-    if name == "cpu":
-        from pointillist.kernels.cpu import block_sparse
-    elif name == "triton":
-        from pointillist.kernels.triton import block_sparse
-    else:
-        block_sparse = reference
-    return block_sparse.block_sparse_attention
+def _backend(name: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    if name == "reference":
+        return reference.block_sparse_attention
+    return importlib.import_module(f"pointillist.kernels.{name}.block_sparse").block_sparse_attention
 
 
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: BlockLayout) -> None:
@@ -160,7 +164,8 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: BlockLayou
         )
     if (layout.q_len, layout.k_len) != (q.shape[2], k.shape[2]):
         raise ValueError(
-            f"the layout is for {layout.q_len} queries and {layout.k_len} keys; q and k have {q.shape[2]} and {k.shape[2]}"
+            f"the layout is for {layout.q_len} queries and {layout.k_len} keys; "
+            f"q and k have {q.shape[2]} and {k.shape[2]}"
         )
     for axis, size in enumerate(q.shape[:2]):
         if layout.indptr.shape[axis] not in (1, size):

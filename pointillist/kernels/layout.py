@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -97,7 +98,16 @@ class BlockLayout:
         columns = mask.nonzero()[:, 3].to(torch.int32)
         largest = q_len if max_query_block is None else max_query_block
         return cls(
-            q_len, k_len, query_bounds, key_bounds, indptr, columns, largest, query_order, key_order, key_lengths
+            q_len,
+            k_len,
+            query_bounds,
+            key_bounds,
+            indptr,
+            columns,
+            largest,
+            query_order,
+            key_order,
+            key_lengths,
         )
 
     @property
@@ -148,7 +158,9 @@ class BlockLayout:
 
     def to(self, device: torch.device | str) -> BlockLayout:
         """The same layout on another device."""
-        tensors = {name: value.to(device) for name, value in vars(self).items() if torch.is_tensor(value)}
+        tensors: dict[str, Any] = {
+            name: value.to(device) for name, value in vars(self).items() if torch.is_tensor(value)
+        }
         return replace(self, **tensors)
 
 

@@ -6,7 +6,10 @@ from pointillist.kernels.layout import BlockLayout
 
 
 def pool_blocks(
-    x: torch.Tensor, bounds: torch.Tensor, lengths: torch.Tensor | None = None, order: torch.Tensor | None = None
+    x: torch.Tensor,
+    bounds: torch.Tensor,
+    lengths: torch.Tensor | None = None,
+    order: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean of the valid tokens of every block.
 

@@ -4,28 +4,25 @@ import inspect
 
 import pytest
 import torch
-from conftest import make_pipe, make_transformer
-from diffusers import FirstBlockCacheConfig, UniPCMultistepScheduler
-from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+from diffusers import FirstBlockCacheConfig
 
+from conftest import make_pipe, make_transformer
 from pointillist import AccelerateError, Plan, PlanError, accelerate
-from pointillist.accel.tiles import tiles_of
+from pointillist.accel.tiles import tiling_of, whole_video
 from pointillist.kernels import pool_blocks
 
 
 def test_restore_leaves_no_trace(pipe, run):
     before = run(pipe)
-    members = set(AttentionBackendName._member_map_)
-    backends = set(_AttentionBackendRegistry._backends)
+    processors = [block.attn1.processor for block in pipe.transformer.blocks]
     attributes = [set(vars(m)) for m in (*pipe.transformer.modules(), pipe.scheduler)]
     with accelerate(pipe, Plan.uniform("pooled", 0.3, block=16)):
         during = run(pipe)
     assert not torch.equal(before, during)
     assert torch.equal(before, run(pipe))
-    assert set(AttentionBackendName._member_map_) == members
-    assert set(_AttentionBackendRegistry._backends) == backends
+    assert all(block.attn1.processor is p for block, p in zip(pipe.transformer.blocks, processors, strict=True))
     assert [set(vars(m)) for m in (*pipe.transformer.modules(), pipe.scheduler)] == attributes
-    assert not any(m._forward_pre_hooks for m in pipe.transformer.modules())
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in pipe.transformer.modules())
 
 
 def test_plan_none_and_density_one_equal_dense(pipe, run):
@@ -48,18 +45,18 @@ def masked_attention_processor(block: int, density: float):
             original = torch.nn.functional.scaled_dot_product_attention
 
             def sdpa(query, key, value, **kwargs):
-                tiles = tiles_of(self.grid, block)
-                order, inverse = tiles.order[0, 0], tiles.order[0, 0].argsort()
+                tiles = tiling_of(self.grid, whole_video(self.grid), block, torch.device("cpu"))
+                order, inverse = tiles.order, tiles.order.argsort()
                 mean_q, sizes = pool_blocks(query[:, :, order], tiles.bounds)
                 mean_k, _ = pool_blocks(key[:, :, order], tiles.bounds)
                 scores = mean_q @ mean_k.transpose(-1, -2) * query.shape[-1] ** -0.5 + sizes[..., None, :].log()
-                keep = max(1, round(density * tiles.count))
+                keep = max(1, round(density * tiles.tiles))
                 kept = torch.zeros_like(scores, dtype=torch.bool)
                 for b, h, i in torch.cartesian_prod(*(torch.arange(n) for n in scores.shape[:3])).tolist():
                     row = scores[b, h, i].clone()
                     row[i] = torch.inf
                     kept[b, h, i, row.argsort(descending=True)[:keep]] = True
-                of_token = torch.repeat_interleave(torch.arange(tiles.count), tiles.bounds.diff().long())[inverse]
+                of_token = torch.repeat_interleave(torch.arange(tiles.tiles), tiles.bounds.diff().long())[inverse]
                 return original(query, key, value, attn_mask=kept[:, :, of_token][:, :, :, of_token])
 
             torch.nn.functional.scaled_dot_product_attention = sdpa
@@ -99,7 +96,10 @@ def test_dense_steps_and_report(pipe, run):
         run(pipe, steps=5)
         report = handle.report()
     assert report.steps == {"dense": 2, "sparse": 3, "cached": 0, "region": 0}
-    assert report.tokens == 48 and set(report.density_per_site) == {"transformer.blocks.0.attn1", "transformer.blocks.1.attn1"}
+    assert report.tokens == 48 and set(report.density_per_site) == {
+        "transformer.blocks.0.attn1",
+        "transformer.blocks.1.attn1",
+    }
     assert report.density_overall == pytest.approx((2 + 3 * report.density) / 5)
     assert 0 < report.attention_seconds < report.denoise_seconds
     assert "3 sparse" in str(report)
@@ -122,15 +122,6 @@ def test_an_interrupted_run_leaves_nothing_behind(pipe, run):
         assert sum(handle.report().steps.values()) == 4
 
 
-def test_branches_and_steps_are_told_apart(pipe, run):
-    with accelerate(pipe, Plan.uniform("pooled", 0.3, block=16)) as handle:
-        run(pipe, steps=3)
-        calls = handle._runtime.record.calls
-    assert [(branch, step) for site, branch, step, _ in calls if "blocks.0" in site] == [
-        (branch, step) for step in range(3) for branch in ("cond", "uncond")
-    ]
-
-
 def test_two_experts_have_sites_of_their_own(run):
     pipe = make_pipe(transformer_2=make_transformer(), boundary_ratio=0.8)
     dense = run(pipe)
@@ -139,16 +130,6 @@ def test_two_experts_have_sites_of_their_own(run):
         sites = handle.report().density_per_site
     assert {name.split(".")[0] for name in sites} == {"transformer", "transformer_2"}
     assert torch.equal(run(pipe), dense)
-
-
-def test_a_changed_scheduler_is_followed(pipe, run):
-    with accelerate(pipe, Plan.uniform("pooled", 0.3, dense_steps=1, block=16)) as handle:
-        run(pipe)
-        euler = pipe.scheduler
-        pipe.scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
-        run(pipe, steps=5)
-        assert handle.report().steps["dense"] == 1 and handle.report().steps["sparse"] == 4
-        assert "step" not in vars(euler)
 
 
 def test_schedulers_keep_their_signature(pipe):
@@ -185,8 +166,8 @@ def test_auto_goes_dense_on_short_clips_and_says_so(pipe, run):
     with accelerate(pipe) as handle:
         assert torch.equal(run(pipe), dense)
         report = handle.report()
-    assert "preset" in report.plan_source
-    assert report.fallbacks == ("dense: 48 tokens are fewer than 1536, where sparse attention starts to pay",)
+    assert "no plan is shipped" in report.plan_source
+    assert len(report.fallbacks) == 1 and "48 tokens are fewer than 1024" in report.fallbacks[0]
 
 
 def test_refusals_change_nothing(pipe, run, tmp_path):
@@ -195,11 +176,11 @@ def test_refusals_change_nothing(pipe, run, tmp_path):
         accelerate(pipe, cache="easy")
     with pytest.raises(AccelerateError, match="'fast' is unknown"):
         accelerate(pipe, backend="fast")
-    with pytest.raises(PlanError, match="there is no plan file"):
+    with pytest.raises(PlanError, match="cannot read a plan"):
         accelerate(pipe, tmp_path / "missing.safetensors")
-    with pytest.raises(AccelerateError, match="VaeImageProcessor|no transformer"):
+    with pytest.raises(AccelerateError, match="not a Diffusers pipeline"):
         accelerate(object())
-    with accelerate(pipe, "none"), pytest.raises(AccelerateError, match="accelerated already"):
+    with accelerate(pipe, "none"), pytest.raises(AccelerateError, match="already accelerated"):
         accelerate(pipe)
     pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
     with pytest.raises(AccelerateError, match="disable_cache"):

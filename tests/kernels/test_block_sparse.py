@@ -47,7 +47,12 @@ def assert_within_rule(actual, q, k, v, layout, scale=None):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "shape",  # batch, heads, q_len, k_len, head_dim, block_q, block_k
-    [(1, 2, 96, 96, 64, 32, 32), (2, 3, 70, 130, 40, 32, 48), (1, 2, 33, 17, 128, 16, 16), (2, 1, 150, 65, 64, 128, 64)],
+    [
+        (1, 2, 96, 96, 64, 32, 32),
+        (2, 3, 70, 130, 40, 32, 48),
+        (1, 2, 33, 17, 128, 16, 16),
+        (2, 1, 150, 65, 64, 128, 64),
+    ],
     ids=lambda s: "x".join(map(str, s)),
 )
 def test_error_within_flash_attentions_rule(backend, dtype, shape):

@@ -65,7 +65,8 @@ def test_merge_of_disjoint_halves_is_the_whole():
     mask = torch.rand(1, 2, 2, 3) < 0.5
     mask[0, 0, 0], mask[0, 0, 1] = True, False  # empty on either side
     parts = [
-        block_sparse_attention(q, k, v, BlockLayout.from_mask(m, 16, 16, 30, 48), return_lse=True) for m in (mask, ~mask)
+        block_sparse_attention(q, k, v, BlockLayout.from_mask(m, 16, 16, 30, 48), return_lse=True)
+        for m in (mask, ~mask)
     ]
     out, lse = merge_attention(*parts[0], *parts[1])
     whole = BlockLayout.from_mask(torch.ones(1, 1, 2, 3, dtype=torch.bool), 16, 16, 30, 48)
@@ -87,7 +88,12 @@ def test_a_mean_weighs_as_many_keys_as_it_stands_for():
     means, counts = pool_blocks(k, uniform_bounds(12, 12))
     pairs = torch.ones(1, 1, 1, 1, dtype=torch.bool)
     out, lse = pooled_attention(
-        q, means, pool_blocks(v, uniform_bounds(12, 12))[0], counts.log()[:, 0], pairs=pairs, query_bounds=uniform_bounds(4, 4)
+        q,
+        means,
+        pool_blocks(v, uniform_bounds(12, 12))[0],
+        counts.log()[:, 0],
+        pairs=pairs,
+        query_bounds=uniform_bounds(4, 4),
     )
     dense = BlockLayout.from_mask(pairs, 4, 12, 4, 12)
     expected, expected_lse = block_sparse_attention(q, k, v, dense, return_lse=True)

@@ -12,7 +12,9 @@ from safetensors.torch import save_file
 
 def save_checkpoint(path: Path, parts: dict[str, dict[str, torch.Tensor]], facts: dict[str, Any]) -> None:
     """Write `parts` (name → state dict of tensors) and `facts` (JSON values) to `path`, atomically."""
-    flat = {f"{part}/{key}": value.contiguous().clone() for part, state in parts.items() for key, value in state.items()}
+    flat = {
+        f"{part}/{key}": value.contiguous().clone() for part, state in parts.items() for key, value in state.items()
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     save_file(flat, temporary, metadata={"facts": json.dumps(facts)})

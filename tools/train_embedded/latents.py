@@ -24,7 +24,9 @@ def write_shard(vae: torch.nn.Module, path: Path, size: int, seed: int, device: 
     """Encode 64 clips of `size`² pixels and write their normalised latents, float16 [64, C, T, H, W]."""
     rng = random.Random(seed)
     words = rng.sample(split_words()[0], CLIPS_PER_SHARD)
-    mean, std = (torch.tensor(x, device=device)[:, None, None, None] for x in (vae.config.latents_mean, vae.config.latents_std))
+    mean, std = (
+        torch.tensor(x, device=device)[:, None, None, None] for x in (vae.config.latents_mean, vae.config.latents_std)
+    )
     latents = []
     for start in range(0, CLIPS_PER_SHARD, 4):
         clips = torch.stack([render(sample_scene(w, rng), FRAMES, size, size) for w in words[start : start + 4]])

@@ -42,7 +42,14 @@ class BiasedTextProcessor:
     def __init__(self) -> None:
         self.bias: torch.Tensor | None = None
 
-    def __call__(self, attn: WanAttention, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):  # noqa: E501
+    def __call__(
+        self,
+        attn: WanAttention,
+        hidden_states,
+        encoder_hidden_states=None,
+        attention_mask=None,
+        rotary_emb=None,
+    ):
         query = attn.norm_q(attn.to_q(hidden_states))
         key, value = attn.norm_k(attn.to_k(encoder_hidden_states)), attn.to_v(encoder_hidden_states)
         query, key, value = (x.unflatten(2, (attn.heads, -1)).transpose(1, 2) for x in (query, key, value))
@@ -93,7 +100,14 @@ def flow_loss(model: Generator, clean: torch.Tensor, captions: list[str], genera
 
 
 def train(
-    run: Path, latents: list[Path], steps: int, batch: int, rate: float, final_rate: float, device: str, seed: int
+    run: Path,
+    latents: list[Path],
+    steps: int,
+    batch: int,
+    rate: float,
+    final_rate: float,
+    device: str,
+    seed: int,
 ) -> None:
     """Train to `steps` in all; the rate falls linearly from `rate` where this stage began to `final_rate`."""
     torch.manual_seed(seed)
@@ -137,7 +151,12 @@ def train(
                     mine.lerp_(theirs, 1 - decay)
             losses.append(loss.item())
             if (step + 1) % 20 == 0:
-                line = {"step": step + 1, "stage": stage, "loss": sum(losses) / len(losses), "seconds": time.time() - started}
+                line = {
+                    "step": step + 1,
+                    "stage": stage,
+                    "loss": sum(losses) / len(losses),
+                    "seconds": time.time() - started,
+                }
                 print(json.dumps(line), file=log, flush=True)
                 losses = []
             if (step + 1) % 100 == 0 or step + 1 == steps:

@@ -77,9 +77,7 @@ def decode_unclamped(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tens
     for i in range(latents.shape[2]):
         vae._conv_idx = [0]
         frames.append(
-            vae.decoder(
-                states[:, :, i : i + 1], feat_cache=vae._feat_map, feat_idx=vae._conv_idx, first_chunk=i == 0
-            )
+            vae.decoder(states[:, :, i : i + 1], feat_cache=vae._feat_map, feat_idx=vae._conv_idx, first_chunk=i == 0)
         )
     vae.clear_cache()
     return unpatchify(torch.cat(frames, dim=2), vae.config.patch_size)
@@ -91,7 +89,9 @@ def latent_statistics(vae: AutoencoderKLWan, clips: int, seed: int) -> tuple[lis
     rng, words = random.Random(seed), all_words()
     latents = torch.cat(
         [
-            vae.encode(render(sample_scene(rng.choice(words), rng), 33, 64, 64)[None].to(vae.device) * 2 - 1).latent_dist.mean
+            vae.encode(
+                render(sample_scene(rng.choice(words), rng), 33, 64, 64)[None].to(vae.device) * 2 - 1
+            ).latent_dist.mean
             for _ in range(clips)
         ]
     )
@@ -106,7 +106,7 @@ class ConvolutionMuon(torch.optim.Muon):
         self.matrices = [torch.nn.Parameter(w.data.flatten(1)) for w in weights]  # views of the same storage
         super().__init__(self.matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
 
-    def step(self, closure=None):  # noqa: ANN001, ANN201
+    def step(self, closure=None):
         for matrix, weight in zip(self.matrices, self.weights, strict=True):
             matrix.grad = None if weight.grad is None else weight.grad.flatten(1)
         return super().step(closure)
@@ -117,7 +117,10 @@ def build_optimizers(vae: AutoencoderKLWan) -> list[torch.optim.Optimizer]:
     weights = [p for p in vae.parameters() if p.ndim >= 4 and p.shape[0] > 1 and p.flatten(1).shape[1] > 16]
     chosen = {id(p) for p in weights}
     rest = [p for p in vae.parameters() if id(p) not in chosen]
-    return [ConvolutionMuon(weights, lr=1e-3), torch.optim.AdamW(rest, lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0)]
+    return [
+        ConvolutionMuon(weights, lr=1e-3),
+        torch.optim.AdamW(rest, lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0),
+    ]
 
 
 def train(run: Path, steps: int, batch: int, rate: float, device: str, seed: int) -> None:
@@ -161,7 +164,13 @@ def train(run: Path, steps: int, batch: int, rate: float, device: str, seed: int
                     mine.lerp_(theirs, 1 - decay)
             if (step + 1) % 20 == 0:
                 psnr = -10 * torch.log10(F.mse_loss(restored.clamp(-1, 1), clips) / 4).item()
-                line = {"step": step + 1, "loss": error.item(), "kl": kl.item(), "psnr": psnr, "seconds": time.time() - started}
+                line = {
+                    "step": step + 1,
+                    "loss": error.item(),
+                    "kl": kl.item(),
+                    "psnr": psnr,
+                    "seconds": time.time() - started,
+                }
                 print(json.dumps(line), file=log, flush=True)
             if (step + 1) % 200 == 0 or step + 1 == steps:
                 mean, std = latent_statistics(average, 24, seed)

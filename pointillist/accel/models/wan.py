@@ -1,39 +1,60 @@
-"""Wan 2.1 and 2.2: video tokens only in self-attention, text by cross-attention."""
+"""Wan 2.1 and 2.2 text-to-video and image-to-video, and models of their architecture."""
 
-from dataclasses import dataclass
+import hashlib
+import json
 from typing import Any
 
 import torch
 
+from pointillist.accel.plan import Plan, Rule
+from pointillist.accel.schedule import Schedule
 from pointillist.accel.tiles import Grid
 
-MINIMUM_TOKENS = 1536
-"""Shorter sequences run dense under `plan="auto"`: selection and gathering cost more than they save (docs/kernels.md)."""
-PRESET_DENSITY = 0.25
-PRESET_DENSE_ABOVE = 0.95
+PRESET = Plan(
+    name="preset of the family Wan",
+    table=((Rule("pooled", 0.2),),),
+    tail="pooled",
+    schedule=Schedule(dense_above=0.95),
+    min_tokens=1024,
+)
 
 
-@dataclass(frozen=True)
-class Site:
-    """One self-attention and the block that it stands in."""
+def is_member(transformer: torch.nn.Module) -> bool:
+    from diffusers import WanTransformer3DModel
 
-    name: str
-    block: torch.nn.Module
-    attention: torch.nn.Module
+    return isinstance(transformer, WanTransformer3DModel)
 
 
-def sites(transformer: Any) -> list[Site]:
-    """The self-attentions in the order of the layers."""
-    return [Site(f"blocks.{i}.attn1", block, block.attn1) for i, block in enumerate(transformer.blocks)]
+def sites(transformer: Any) -> list[tuple[torch.nn.Module, torch.nn.Module]]:
+    """(block, its self-attention) of every layer. Cross-attention (`attn2`) is never sparse."""
+    return [(block, block.attn1) for block in transformer.blocks]
 
 
-def token_grid(transformer: Any, hidden_states: torch.Tensor) -> Grid:
-    """(T, H, W) in patches of the latents [B, C, F, H, W] that the transformer is called with."""
-    t, h, w = (n // p for n, p in zip(hidden_states.shape[2:], transformer.config.patch_size, strict=True))
-    return (t, h, w)
+def site_name(layer: int) -> str:
+    """The site's module path inside the transformer."""
+    return f"blocks.{layer}.attn1"
+
+
+def heads(transformer: Any) -> int:
+    return transformer.config.num_attention_heads
+
+
+def inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """`hidden_states` [B, C, F, H, W] and `timestep` [B] or [B, S] from the arguments of a forward call."""
+    named = dict(zip(("hidden_states", "timestep"), args, strict=False)) | kwargs
+    return named["hidden_states"], named["timestep"]
+
+
+def grid(transformer: Any, hidden_states: torch.Tensor) -> Grid:
+    """The token grid of latents [B, C, F, H, W]."""
+    frames, height, width = hidden_states.shape[2:]
+    patch_t, patch_h, patch_w = transformer.config.patch_size
+    return frames // patch_t, height // patch_h, width // patch_w
 
 
 def fingerprint(transformer: Any) -> str:
-    """What a plan is made for: the architecture in one line."""
-    c = transformer.config
-    return f"wan/{c.num_layers}x{c.num_attention_heads}x{c.attention_head_dim}/in{c.in_channels}/ffn{c.ffn_dim}"
+    """Names the architecture: equal for fine-tunes of a model, different for another size of it."""
+    config = transformer.config
+    public = {key: value for key, value in config.items() if not key.startswith("_")}
+    digest = hashlib.sha256(json.dumps(public, sort_keys=True, default=str).encode()).hexdigest()
+    return f"wan-{config.num_layers}x{config.num_attention_heads}x{config.attention_head_dim}-{digest[:8]}"

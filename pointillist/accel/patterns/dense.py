@@ -17,6 +17,12 @@ class Dense:
         """Dense at any wish: a head that must be exact beside sparse ones."""
         return cls(math.prod(tile_counts(grid, block)))
 
-    def scores(self, q_means: torch.Tensor, k_means: torch.Tensor, tiling: Tiling, scale: float) -> torch.Tensor:
+    def scores(self, q: torch.Tensor, k: torch.Tensor, tiling: Tiling, scale: float) -> torch.Tensor:
         """All equal: [1, 1, tiles, tiles]."""
-        return torch.zeros(1, 1, tiling.tiles, tiling.tiles, device=tiling.sizes.device)
+        return q.new_zeros(1, 1, tiling.tiles, tiling.tiles)
+
+
+if __name__ == "__main__":
+    from pointillist.accel.patterns.draw import draw
+
+    draw(Dense)

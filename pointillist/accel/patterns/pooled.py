@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from pointillist.accel.patterns.keep import tiles_kept
-from pointillist.accel.tiles import Grid, Segment, Tiling
+from pointillist.accel.tiles import Grid, Segment, Tiling, block_means
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,16 @@ class Pooled:
         """As many tiles of at most `block` tokens as come nearest to `density`."""
         return cls(tiles_kept(density, grid, block))
 
-    def scores(self, q_means: torch.Tensor, k_means: torch.Tensor, tiling: Tiling, scale: float) -> torch.Tensor:
-        """Log masses [B, H, tiles, tiles] from means [B, H, n, D]; a tile always ranks itself first."""
+    def scores(self, q: torch.Tensor, k: torch.Tensor, tiling: Tiling, scale: float) -> torch.Tensor:
+        """Log masses [B, H, tiles, tiles] from q, k [B, S, H, D]; a tile ranks itself first."""
         tiles = tiling.tiles
-        scores = q_means[:, :, :tiles] @ k_means[:, :, :tiles].transpose(-1, -2) * scale + tiling.sizes[:tiles].log()
+        q_means, k_means = (block_means(x, tiling)[:, :, :tiles] for x in (q, k))
+        scores = q_means @ k_means.transpose(-1, -2) * scale + tiling.sizes[:tiles].log()
         scores.diagonal(dim1=-2, dim2=-1).fill_(float("inf"))
         return scores
+
+
+if __name__ == "__main__":
+    from pointillist.accel.patterns.draw import draw
+
+    draw(Pooled)

@@ -22,6 +22,12 @@ class Window:
         """The window of tiles of at most `block` tokens whose share of the grid is nearest to `density`."""
         return cls(tiles_kept(density, grid, block))
 
-    def scores(self, q_means: torch.Tensor, k_means: torch.Tensor, tiling: Tiling, scale: float) -> torch.Tensor:
+    def scores(self, q: torch.Tensor, k: torch.Tensor, tiling: Tiling, scale: float) -> torch.Tensor:
         """Minus the distance between centres, in tokens: [1, 1, tiles, tiles]."""
         return -torch.cdist(tiling.centres, tiling.centres)[None, None]
+
+
+if __name__ == "__main__":
+    from pointillist.accel.patterns.draw import draw
+
+    draw(Window)

@@ -1,0 +1,78 @@
+"""From the patterns of a site's heads to one layout: one launch serves all heads, whatever their patterns."""
+
+import torch
+
+from pointillist.accel.patterns import Pattern
+from pointillist.accel.tiles import Tiling
+from pointillist.kernels import BlockLayout
+
+
+def layout_of(
+    patterns: tuple[Pattern, ...], q: torch.Tensor, k: torch.Tensor, tiling: Tiling, scale: float
+) -> tuple[BlockLayout, torch.Tensor]:
+    """The layout of one attention call, built on the device without waiting for it.
+
+    Args:
+        patterns: one for all heads, or one for each.
+        q, k: [B, S, H, D], final.
+        scale: of the scores.
+
+    Returns:
+        The layout, and its density: the kept share of the video × video pairs, a 0-d tensor.
+    """
+    keeps = torch.tensor([pattern.keep for pattern in patterns])
+    scores = _scores(patterns, q, k, tiling, scale)
+    batch, heads, tiles, _ = scores.shape
+    most = int(keeps.max())
+    kept = torch.arange(most) < keeps[:, None]
+    mask = torch.zeros(batch, heads, tiling.blocks, tiling.blocks, dtype=torch.bool, device=q.device)
+    mask[:, :, tiles:] = True
+    mask[..., tiles:] = True
+    mask[:, :, :tiles, :tiles].scatter_(
+        -1,
+        scores.topk(most).indices,
+        kept.to(q.device, non_blocking=True)[None, :, None].expand(batch, heads, tiles, -1),
+    )
+    exact = tiling.blocks - tiles
+    pairs_per_head = tiles * (keeps + exact) + exact * tiling.blocks
+    pairs = batch * int(pairs_per_head.expand(heads).sum())
+    return _layout(mask, pairs, tiling), _density(mask[:, :, :tiles, :tiles], tiling.sizes[:tiles])
+
+
+def _scores(
+    patterns: tuple[Pattern, ...], q: torch.Tensor, k: torch.Tensor, tiling: Tiling, scale: float
+) -> torch.Tensor:
+    """[B|1, H|1, tiles, tiles]; heads with equal patterns are scored together."""
+    if len(patterns) == 1:
+        return patterns[0].scores(q, k, tiling, scale)
+    scores = torch.empty(q.shape[0], len(patterns), tiling.tiles, tiling.tiles, device=q.device)
+    for pattern in set(patterns):
+        heads = [head for head, other in enumerate(patterns) if other == pattern]
+        scores[:, heads] = pattern.scores(q[:, :, heads], k[:, :, heads], tiling, scale).to(scores.dtype)
+    return scores
+
+
+def _layout(mask: torch.Tensor, pairs: int, tiling: Tiling) -> BlockLayout:
+    """`BlockLayout.from_bounds` for a mask whose number of kept pairs is known beforehand."""
+    batch, heads, blocks, _ = mask.shape
+    starts = torch.zeros(batch * heads * blocks + 1, dtype=torch.int32, device=mask.device)
+    torch.cumsum(mask.sum(-1, dtype=torch.int32).flatten(), 0, dtype=torch.int32, out=starts[1:])
+    first = torch.arange(batch * heads, device=mask.device)[:, None] * blocks
+    rows = first + torch.arange(blocks + 1, device=mask.device)
+    order = tiling.order[None, None]
+    return BlockLayout(
+        q_len=tiling.tokens,
+        k_len=tiling.tokens,
+        query_bounds=tiling.bounds,
+        key_bounds=tiling.bounds,
+        indptr=starts[rows].view(batch, heads, blocks + 1),
+        columns=torch.nonzero_static(mask, size=pairs)[:, 3].to(torch.int32),
+        max_query_block=tiling.largest,
+        query_order=order,
+        key_order=order,
+    )
+
+
+def _density(mask: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+    kept = torch.einsum("bhqk,q,k->bh", mask.float(), sizes, sizes)
+    return kept.mean() / sizes.sum() ** 2

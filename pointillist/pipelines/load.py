@@ -1,0 +1,95 @@
+"""From a name to an ordinary Diffusers pipeline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pointillist.pipelines.embedded import EMBEDDED_FOLDER
+
+
+class ModelError(ValueError):
+    """There is no such model, or it cannot be loaded."""
+
+
+def load_pipeline(
+    name: str = "embedded", *, dtype: Any = None, device: str | None = None, download: bool = False
+) -> Any:
+    """Load a pipeline: "embedded", a folder, or a Hub id.
+
+    Args:
+        dtype: torch dtype of the weights; by default float32 on CPUs and bfloat16 on GPUs.
+        device: by default "cuda" if there is one, else "cpu".
+        download: allow the network for a Hub id that is not on this machine yet.
+
+    Raises:
+        ModelError: what was given, and what is possible.
+    """
+    import torch
+    from diffusers import DiffusionPipeline
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
+    source = EMBEDDED_FOLDER if name == "embedded" else Path(name)
+    if not source.is_dir():
+        if name == "embedded" or name.startswith((".", "/")) or name.count("/") != 1:
+            raise ModelError(
+                f'there is no model {name!r}; allowed are "embedded", a Diffusers folder, or a Hub id such as '
+                "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+            )
+    elif not (source / "model_index.json").is_file():
+        raise ModelError(f"the folder {name!r} has no model_index.json, so it is no Diffusers pipeline")
+    try:
+        pipe = DiffusionPipeline.from_pretrained(
+            str(source) if source.is_dir() else name, torch_dtype=dtype, local_files_only=not download
+        )
+    except (OSError, ValueError) as error:
+        hint = "" if source.is_dir() or download else "; if it is a Hub id, add --download to fetch it"
+        raise ModelError(f"the model {name!r} cannot be loaded: {str(error).splitlines()[0]}{hint}") from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+def is_embedded(pipe: Any) -> bool:
+    """Whether `pipe` is the model that ships with the package."""
+    return Path(getattr(pipe.config, "_name_or_path", "")) == EMBEDDED_FOLDER
+
+
+def defaults(pipe: Any) -> dict[str, Any]:
+    """Call arguments that suit `pipe`: size, frames, steps, guidance."""
+    if is_embedded(pipe):
+        return {
+            "height": 176,
+            "width": 176,
+            "num_frames": 33,
+            "num_inference_steps": 20,
+            "guidance_scale": 3.0,
+        }
+    return {"height": 480, "width": 832, "num_frames": 81, "num_inference_steps": 50, "guidance_scale": 5.0}
+
+
+EMBEDDED_SIDES = tuple(range(64, 193, 16))
+EMBEDDED_FRAMES = tuple(range(17, 50, 4))
+
+
+def check_size(pipe: Any, width: int, height: int, frames: int) -> None:
+    """Raise `ValueError` naming the legal values if `pipe` cannot make such a clip."""
+    if is_embedded(pipe):
+        for name, value in (("width", width), ("height", height)):
+            if value not in EMBEDDED_SIDES:
+                raise ValueError(f"{name} {value} is not possible; the embedded model makes {_listed(EMBEDDED_SIDES)}")
+        if frames not in EMBEDDED_FRAMES:
+            raise ValueError(f"{frames} frames are not possible; the embedded model makes {_listed(EMBEDDED_FRAMES)}")
+        return
+    step = pipe.vae_scale_factor_spatial * pipe.transformer.config.patch_size[1]
+    for name, value in (("width", width), ("height", height)):
+        if value < 16 or value % max(16, step):
+            raise ValueError(f"{name} {value} is not possible; this model makes multiples of {max(16, step)}")
+    if frames < 1 or (frames - 1) % pipe.vae_scale_factor_temporal:
+        raise ValueError(
+            f"{frames} frames are not possible; this model makes multiples of {pipe.vae_scale_factor_temporal} plus 1"
+        )
+
+
+def _listed(values: tuple[int, ...]) -> str:
+    return ", ".join(map(str, values))

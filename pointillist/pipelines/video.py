@@ -1,0 +1,130 @@
+"""Clips as files: MP4, GIF or a PNG strip, with the settings that made them inside."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import imageio.v3 as iio
+import numpy as np
+
+FORMATS = (".mp4", ".gif", ".png")
+STRIP_FRAMES = 8
+"""Frames in a PNG strip, evenly spaced."""
+
+
+class OutputError(OSError):
+    """A clip cannot be written where it should go, or read from where it should be."""
+
+
+def check_output(path: Path) -> None:
+    """Raise `OutputError` if nothing can be written at `path`; makes its folder."""
+    if path.suffix.lower() not in FORMATS:
+        raise OutputError(f"the output {str(path)!r} must end in one of {', '.join(FORMATS)}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise OutputError(f"the folder {str(path.parent)!r} cannot be written: {error.strerror}") from error
+    if path.is_dir():
+        raise OutputError(f"the output {str(path)!r} is a folder; give the name of a file")
+
+
+def write_clip(path: Path, frames: np.ndarray, fps: int, settings: dict[str, Any]) -> None:
+    """Write float frames [F, H, W, 3] in [0, 1], whole or not at all, with `settings` as JSON in its metadata."""
+    pixels = (frames.clip(0, 1) * 255).round().astype(np.uint8)
+    comment = json.dumps(settings, allow_nan=False)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix.lower())
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        _WRITERS[path.suffix.lower()](temporary, pixels, fps, comment)
+        temporary.chmod(0o666 & ~_umask())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OutputError(f"{str(path)!r} cannot be written: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_clip(path: Path) -> np.ndarray:
+    """Frames of a file as float64 [F, H, W, 3] in [0, 1]."""
+    if not path.is_file():
+        raise OutputError(f"there is no file {str(path)!r}")
+    try:
+        if path.suffix.lower() == ".mp4":
+            pixels = iio.imread(path, plugin="FFMPEG")
+        else:
+            pixels = iio.imread(path, plugin="pillow", mode="RGB")
+    except (OSError, ValueError, RuntimeError) as error:
+        raise OutputError(f"{str(path)!r} cannot be read as a clip: {str(error).splitlines()[0]}") from error
+    return np.atleast_3d(pixels).reshape(-1, *pixels.shape[-3:]) / 255
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings that `write_clip` put into a file."""
+    if path.suffix.lower() == ".mp4":
+        comment = _mp4_comment(path)
+    else:
+        metadata = iio.immeta(path, plugin="pillow")
+        comment = metadata.get("comment", metadata.get("pointillist", ""))
+    text = comment.decode() if isinstance(comment, bytes) else comment
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise OutputError(f"{str(path)!r} carries no settings of pointillist") from None
+
+
+def _write_mp4(path: Path, pixels: np.ndarray, fps: int, comment: str) -> None:
+    iio.imwrite(
+        path, pixels, plugin="FFMPEG", fps=fps, codec="libx264", quality=9, macro_block_size=1,
+        output_params=["-metadata", f"comment={comment}", "-movflags", "+faststart"],
+    )  # fmt: skip
+    if path.stat().st_size == 0 or iio.improps(path, plugin="FFMPEG").shape[1:3] != pixels.shape[1:3]:
+        raise OSError(f"the encoder left {path.stat().st_size} bytes; is the disk full?")
+
+
+def _write_gif(path: Path, pixels: np.ndarray, fps: int, comment: str) -> None:
+    iio.imwrite(path, pixels, plugin="pillow", duration=1000 / fps, loop=0, comment=comment.encode())
+
+
+def _write_strip(path: Path, pixels: np.ndarray, fps: int, comment: str) -> None:
+    from PIL.PngImagePlugin import PngInfo
+
+    chosen = pixels[np.linspace(0, len(pixels) - 1, min(STRIP_FRAMES, len(pixels))).round().astype(int)]
+    information = PngInfo()
+    information.add_text("pointillist", comment)
+    iio.imwrite(path, np.concatenate(list(chosen), axis=1), plugin="pillow", pnginfo=information)
+
+
+def _mp4_comment(path: Path) -> str:
+    import imageio_ffmpeg
+
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", str(path), "-f", "ffmetadata", "-"]
+    text = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    unescaped = text.replace("\\\n", "\n")
+    for line in unescaped.splitlines():
+        if line.startswith("comment="):
+            value = line.removeprefix("comment=")
+            return "".join(_unescape(value))
+    return ""
+
+
+def _unescape(value: str):
+    characters = iter(value)
+    for character in characters:
+        yield next(characters, "") if character == "\\" else character
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+_WRITERS = {".mp4": _write_mp4, ".gif": _write_gif, ".png": _write_strip}

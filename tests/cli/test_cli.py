@@ -1,0 +1,117 @@
+"""The command line: outputs, exit codes, one sentence per error."""
+
+import json
+
+import pytest
+
+from pointillist import Plan
+from pointillist.cli import run as cli
+from pointillist.pipelines.video import read_settings
+
+SMALL = ["--width", "192", "--height", "176", "--frames", "9", "--steps", "4", "--seed", "3"]
+
+
+def answer(capsys):
+    out = capsys.readouterr().out
+    return json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} in JSON"))
+
+
+def test_generate_compare_json(tiny_folder, tmp_path, capsys):
+    output = tmp_path / "clip.mp4"
+    arguments = ["generate", "a red circle", "--model", str(tiny_folder), "--output", str(output), *SMALL]
+    code = cli([*arguments, "--compare", "--json", "--pattern", "pooled", "--density", "0.5"])
+    facts = answer(capsys)
+    assert code == 0
+    for key in ("output", "model", "seed", "steps", "frames", "width", "height", "tokens", "backend", "plan",
+                "psnr", "ssim", "density", "density_overall"):  # fmt: skip
+        assert key in facts
+    for key in ("seconds", "dense_seconds", "speedup"):
+        assert set(facts[key]) == {"total", "denoise", "attention"}
+        assert all(value > 0 for value in facts[key].values())
+    assert facts["seconds"]["attention"] <= facts["seconds"]["denoise"] <= facts["seconds"]["total"]
+    assert facts["steps_run"] == {"dense": 1, "sparse": 3, "cached": 0, "region": 0}
+    assert (facts["frames"], facts["tokens"], facts["seed"]) == (9, 396, 3)
+    assert {p.name for p in tmp_path.iterdir()} == {"clip.mp4", "clip_dense.mp4", "clip_compare.mp4"}
+    assert read_settings(output)["prompt"] == "a red circle"
+
+    assert cli(["compare", str(output), str(tmp_path / "clip_dense.mp4"), "--json"]) == 0
+    decoded = answer(capsys)
+    assert len(decoded["psnr_per_frame"]) == 9 and decoded["identical"] is False
+
+
+def test_exact_speed_is_dense_and_repeatable(tiny_folder, tmp_path, capsys):
+    arguments = ["generate", "a red circle", "--model", str(tiny_folder), *SMALL]
+    assert cli([*arguments, "--output", str(tmp_path / "a.gif"), "--speed", "exact", "--compare", "--json"]) == 0
+    facts = answer(capsys)
+    assert facts["psnr"] == 100.0 and facts["density"] is None and facts["plan"] == "none"
+    assert cli([*arguments, "--output", str(tmp_path / "b.gif"), "--plan", "none"]) == 0
+    out = capsys.readouterr().out
+    assert "4 dense steps" in out and "b.gif" in out
+    assert cli(["compare", str(tmp_path / "a.gif"), str(tmp_path / "b.gif"), "--json"]) == 0
+    assert answer(capsys)["identical"] is True
+
+
+@pytest.mark.parametrize("speed", ["quality", "balanced", "fast"])
+def test_every_speed_runs(tiny_folder, tmp_path, capsys, speed):
+    output = str(tmp_path / "a.png")
+    assert cli(["generate", "a", "--model", str(tiny_folder), "--output", output, *SMALL, "--speed", speed]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["generate", "  "], 2, "the prompt is empty"),
+        (["generate", "a", "--steps", "0"], 2, "0 steps are not possible; allowed are 1 to 1000"),
+        (["generate", "a", "--speed", "warp"], 2, "'warp' is unknown; allowed are exact"),
+        (["generate", "a", "--speed", "fast", "--plan", "none"], 2, "--speed chooses the plan"),
+        (["generate", "a", "--density", "0.2"], 2, "describe a --pattern"),
+        (["generate", "a", "--nonsense"], 2, "No such option"),
+        (["generate"], 2, "Missing argument"),
+        (["generate", "a", "--cache", "easy"], 2, "--cache easy is not available"),
+        (["generate", "a", "--model", "nowhere"], 1, "there is no model 'nowhere'; allowed are \"embedded\""),
+        (["generate", "a", "--model", "someone/absent"], 1, "add --download"),
+        (["generate", "a", "--plan", "missing.safetensors"], 1, "missing.safetensors"),
+        (["generate", "a", "--output", "clip.avi"], 1, "must end in one of"),
+        (["compare", "a.mp4", "b.mp4"], 1, "there is no file 'a.mp4'"),
+        (["plan", "validate", "missing"], 1, "missing"),
+    ],
+)
+def test_errors_are_one_sentence_with_the_right_code(arguments, code, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli(arguments) == code
+    captured = capsys.readouterr()
+    assert message in captured.err and "Traceback" not in captured.err and captured.out == ""
+    assert not list(tmp_path.iterdir())
+
+
+def test_illegal_sizes_name_the_legal_ones(tiny_folder, tmp_path, capsys):
+    arguments = ["generate", "a", "--model", str(tiny_folder), "--output", str(tmp_path / "a.mp4")]
+    assert cli([*arguments, "--width", "70"]) == 2
+    assert "multiples of 16" in capsys.readouterr().err
+    assert cli([*arguments, "--frames", "10"]) == 2
+    assert "multiples of 4 plus 1" in capsys.readouterr().err
+
+
+def test_interruption(tiny_folder, tmp_path, capsys, monkeypatch):
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pointillist.pipelines.generate.write_clip", stop)
+    arguments = ["generate", "a", "--model", str(tiny_folder), "--output", str(tmp_path / "a.mp4"), *SMALL]
+    assert cli(arguments) == 130
+    assert "interrupted" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_env(capsys):
+    assert cli(["env", "--json"]) == 0
+    facts = answer(capsys)
+    assert facts["packages"]["torch"] and facts["machine"]["cores"] >= 1 and facts["backend"]["chosen"]
+
+
+def test_plan_show_and_validate(tmp_path, capsys):
+    path = tmp_path / "plan.safetensors"
+    Plan.uniform("pooled", 0.25).save(path)
+    assert cli(["plan", "validate", str(path)]) == 0
+    capsys.readouterr()
+    assert cli(["plan", "show", str(path), "--json"]) == 0
+    assert answer(capsys)["block"] == 128
