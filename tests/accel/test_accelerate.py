@@ -72,12 +72,12 @@ def masked_attention_processor(block: int, density: float):
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_sparse_output_equals_a_masked_reference(pipe, run, batch, guidance):
     with accelerate(pipe, Plan.uniform("pooled", 0.4, tail="none", block=16)) as handle:
-        sparse = run(pipe, batch=batch, guidance=guidance)
-        assert handle.report().density == pytest.approx(0.4, abs=0.06)
+        sparse = run(pipe, size=128, batch=batch, guidance=guidance)
+        assert handle.report().density == pytest.approx(6 / 16)
     for block in pipe.transformer.blocks:
         block.attn1.set_processor(masked_attention_processor(16, 0.4))
-        block.attn1.processor.grid = (3, 4, 4)
-    torch.testing.assert_close(sparse, run(pipe, batch=batch, guidance=guidance), atol=2e-4, rtol=1e-4)
+        block.attn1.processor.grid = (3, 8, 8)
+    torch.testing.assert_close(sparse, run(pipe, size=128, batch=batch, guidance=guidance), atol=2e-4, rtol=1e-4)
 
 
 def test_two_shapes_in_a_row_and_repetition(pipe, run):
@@ -143,10 +143,12 @@ def test_save_after_restore(pipe, run, tmp_path):
         run(pipe)
     pipe.transformer.save_pretrained(tmp_path)
     again = type(pipe.transformer).from_pretrained(tmp_path)
-    assert torch.equal(run(make_pipe(transformer=again, vae=pipe.vae)), run(pipe))
+    saved, mine = again.state_dict(), pipe.transformer.state_dict()
+    assert saved.keys() == mine.keys() and all(torch.equal(saved[name], mine[name]) for name in mine)
+    torch.testing.assert_close(run(make_pipe(transformer=again, vae=pipe.vae)), run(pipe), atol=1e-5, rtol=1e-5)
 
 
-def test_compiled_blocks_share_one_graph(run):
+def test_compiled_layers_share_their_graphs(run):
     import torch._dynamo
 
     pipe = make_pipe(transformer=make_transformer(layers=10))
@@ -158,7 +160,7 @@ def test_compiled_blocks_share_one_graph(run):
         pipe.transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
         torch._dynamo.utils.counters.clear()
         torch.testing.assert_close(run(pipe), eager, atol=1e-4, rtol=1e-4)
-        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # the block, and the hook before it
 
 
 def test_auto_goes_dense_on_short_clips_and_says_so(pipe, run):

@@ -36,18 +36,18 @@ def test_density_is_realised(grid, density, name):
     tiling = tiling_of(grid, whole_video(grid), 64, CPU)
     pattern = PATTERNS[name].at_density(density, grid, whole_video(grid), 64)
     assert abs(pattern.keep / tiling.tiles - density) <= max(0.03, 1 / tiling.tiles)
-    means = torch.randn(2, 3, tiling.blocks, 8)
-    scores = pattern.scores(means, means, tiling, 1.0)
+    q = torch.randn(2, tiling.tokens, 3, 8)
+    scores = pattern.scores(q, q, tiling, 1.0)
     assert scores.shape[-2:] == (tiling.tiles, tiling.tiles)
     assert (scores.argmax(-1) == torch.arange(tiling.tiles)).all()  # a tile ranks itself first
 
 
 def test_pooled_finds_the_block_that_holds_the_mass():
     tiling = tiling_of((4, 16, 16), whole_video((4, 16, 16)), 64, CPU)
-    k_means = torch.randn(1, 2, tiling.blocks, 16) * 0.1
-    q_means = torch.randn(1, 2, 1, 16).expand(1, 2, tiling.blocks, 16)
-    k_means[:, :, 5] += q_means[:, :, 0]
-    ranks = PATTERNS["pooled"](keep=2).scores(q_means, k_means, tiling, 1.0).topk(2).indices
+    q = torch.randn(1, 1, 2, 16).expand(1, tiling.tokens, 2, 16)
+    k = torch.randn(1, tiling.tokens, 2, 16) * 0.1
+    k[:, tiling.block_of_token == 5] += q[:, :1]
+    ranks = PATTERNS["pooled"](keep=2).scores(q, k, tiling, 1.0).topk(2).indices
     assert (ranks == 5).any(-1).all()
 
 

@@ -145,7 +145,7 @@ def train(
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in optimizers:
                 optimizer.step()
-            decay = min(0.998, (step + 1) / (step + 10))
+            decay = min(0.995, (step - begun + 1) / (step - begun + 10))  # the average starts anew with a stage
             with torch.no_grad():
                 for mine, theirs in zip(average.parameters(), model.parameters(), strict=True):
                     mine.lerp_(theirs, 1 - decay)
