@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import tempfile
 from pathlib import Path
@@ -81,16 +82,22 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def _write_mp4(path: Path, pixels: np.ndarray, fps: int, comment: str) -> None:
-    iio.imwrite(
-        path, pixels, plugin="FFMPEG", fps=fps, codec="libx264", quality=9, macro_block_size=1,
-        output_params=["-metadata", f"comment={comment}", "-movflags", "+faststart"],
-    )  # fmt: skip
-    if path.stat().st_size == 0 or iio.improps(path, plugin="FFMPEG").shape[1:3] != pixels.shape[1:3]:
-        raise OSError(f"the encoder left {path.stat().st_size} bytes; is the disk full?")
+    try:
+        iio.imwrite(
+            path, pixels, plugin="FFMPEG", fps=fps, codec="libx264", quality=9, macro_block_size=1,
+            ffmpeg_log_level="quiet", output_params=["-metadata", f"comment={comment}", "-movflags", "+faststart"],
+        )  # fmt: skip
+        written = iio.improps(path, plugin="FFMPEG").shape
+    except OSError:  # with all that the encoder printed; it does not say more than this
+        written = ()
+    if written[1:3] != pixels.shape[1:3]:  # the encoder does not always fail when the disk is full
+        free = shutil.disk_usage(path.parent).free
+        raise OSError(f"the video encoder left an incomplete file; {free / 2**20:.1f} MiB of the disk are free")
 
 
 def _write_gif(path: Path, pixels: np.ndarray, fps: int, comment: str) -> None:
-    iio.imwrite(path, pixels, plugin="pillow", duration=1000 / fps, loop=0, comment=comment.encode())
+    options: dict[str, Any] = {"duration": 1000 / fps, "loop": 0, "comment": comment.encode()}
+    path.write_bytes(iio.imwrite("<bytes>", pixels, plugin="pillow", extension=".gif", **options))
 
 
 def _write_strip(path: Path, pixels: np.ndarray, fps: int, comment: str) -> None:
@@ -99,7 +106,8 @@ def _write_strip(path: Path, pixels: np.ndarray, fps: int, comment: str) -> None
     chosen = pixels[np.linspace(0, len(pixels) - 1, min(STRIP_FRAMES, len(pixels))).round().astype(int)]
     information = PngInfo()
     information.add_text("pointillist", comment)
-    iio.imwrite(path, np.concatenate(list(chosen), axis=1), plugin="pillow", pnginfo=information)
+    strip = np.concatenate(list(chosen), axis=1)
+    path.write_bytes(iio.imwrite("<bytes>", strip, plugin="pillow", extension=".png", pnginfo=information))
 
 
 def _mp4_comment(path: Path) -> str:

@@ -1,6 +1,9 @@
 """The command line: outputs, exit codes, one sentence per error."""
 
 import json
+import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -115,3 +118,22 @@ def test_plan_show_and_validate(tmp_path, capsys):
     capsys.readouterr()
     assert cli(["plan", "show", str(path), "--json"]) == 0
     assert answer(capsys)["block"] == 128
+
+
+def test_an_interrupt_leaves_nothing_and_says_so(tiny_folder, tmp_path):
+    output = tmp_path / "clip.mp4"
+    command = [sys.executable, "-m", "pointillist", "generate", "a red circle", "--model", str(tiny_folder)]
+    process = subprocess.Popen(
+        [*command, "--output", str(output), "--width", "192", "--height", "176", "--frames", "9", "--steps", "1000"],
+        stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if "denoising 2/1000" in line:
+            process.send_signal(signal.SIGINT)
+            break
+    out, rest = process.communicate(timeout=60)
+    assert process.returncode == 130, lines
+    assert "Traceback" not in rest and "interrupted; nothing was written" in rest and out == ""
+    assert not list(tmp_path.iterdir())

@@ -12,11 +12,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
 from train_embedded.checkpoint import load_checkpoint
-from train_embedded.transformer import Generator
+from train_embedded.transformer import SHIFT, Generator
 from train_embedded.vae import load_vae
-
-SHIFT = 3.0
-"""Of the sampling schedule: more steps where the layout is decided."""
 
 
 def build_pipeline(vae_run: Path, transformer_run: Path) -> WanPipeline:

@@ -25,7 +25,12 @@ class Words:
 
     def caption(self) -> str:
         """The canonical wording."""
-        return f"a {self.color} {self.shape} {MOTION_PHRASES[self.motion][0]} on {self.background}"
+        return f"{article(self.color)} {self.color} {self.shape} {MOTION_PHRASES[self.motion][0]} on {self.background}"
+
+
+def article(word: str) -> str:
+    """The indefinite article before `word`."""
+    return "an" if word[0] in "aeiou" else "a"
 
 
 def all_words() -> list[Words]:
@@ -50,12 +55,12 @@ def split_words(held_out: int = 96, seed: int = 7) -> tuple[list[Words], list[Wo
 def free_caption(words: Words, rng: random.Random) -> str:
     """One of many wordings of the same scene."""
     motion = rng.choice(MOTION_PHRASES[words.motion])
-    article = rng.choice(["a ", "a ", "the ", ""])
+    before = rng.choice([f"{article(words.color)} ", f"{article(words.color)} ", "the ", ""])
     thing = f"{words.color} {words.shape}"
     ground = "grey" if words.background == "gray" and rng.random() < 0.3 else words.background
     place = rng.choice([f"on {ground}", f"on a {ground} background", f"on {ground}", f"{ground} background"])
     pattern = rng.choice(["{a}{t} {m} {p}", "{a}{t} {m} {p}", "{a}{t}, {m}, {p}", "{p}, {a}{t} {m}", "{a}{t} {p} {m}"])
-    return pattern.format(a=article, t=thing, m=motion, p=place)
+    return pattern.format(a=before, t=thing, m=motion, p=place)
 
 
 @dataclass(frozen=True)

@@ -181,7 +181,9 @@ def train(run: Path, steps: int, batch: int, rate: float, device: str, seed: int
 
 
 def load_vae(run: Path) -> AutoencoderKLWan:
-    """The trained autoencoder of `run`: averaged weights and latent statistics."""
+    """The trained autoencoder: of a run (averaged weights and latent statistics), or of an exported folder."""
+    if (run / "config.json").exists():
+        return AutoencoderKLWan.from_pretrained(run, torch_dtype=torch.float32).eval().requires_grad_(False)
     parts, facts = load_checkpoint(run / "last.safetensors")
     vae = build_vae(facts["latents_mean"], facts["latents_std"])
     vae.load_state_dict(parts["average"])
