@@ -40,6 +40,28 @@ def build_transformer() -> WanTransformer3DModel:
     )  # fmt: skip
 
 
+@torch.no_grad()
+def silence_padding(transformer: WanTransformer3DModel) -> None:
+    """Hold the padding's logits in cross-attention about 16 below the words'. Call it after every step.
+
+    The pipeline pads a caption of ten words with 500 rows of zeros. Left alone, they take nearly all of the
+    attention, and training makes a sink of them before it has learned what the words mean. So a zero row's key
+    points along the first channel of each head, which is kept out of the words' keys, and all queries lie far
+    from it.
+    """
+    embedder = transformer.condition_embedder.text_embedder
+    embedder.linear_1.bias.zero_()
+    embedder.linear_2.bias.zero_()
+    for attention in (block.attn2 for block in transformer.blocks):
+        channels = torch.arange(0, attention.inner_dim, attention.inner_dim // attention.heads)
+        for projection, value in ((attention.to_q, -3.0), (attention.to_k, 0.16)):
+            projection.bias.zero_()
+            projection.weight[channels] = 0
+            projection.bias[channels] = value
+        attention.norm_q.weight[channels] = 2
+        attention.norm_k.weight[channels] = 2
+
+
 class BiasedTextProcessor:
     """Cross-attention with a logit bias, for the compact text of `encode_captions`."""
 
@@ -73,6 +95,8 @@ class Generator(nn.Module):
         self.text_attention = BiasedTextProcessor()
         for block in self.transformer.blocks:
             block.attn2.set_processor(self.text_attention)
+            nn.init.zeros_(block.attn2.to_out[0].weight)  # random words are noise that training would shut out
+        silence_padding(self.transformer)
 
     def forward(self, noisy: torch.Tensor, sigma: torch.Tensor, captions: list[str]) -> torch.Tensor:
         """Velocity [B, C, T, H, W] of `noisy` at noise level `sigma` [B]."""
@@ -161,6 +185,7 @@ def train(
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in optimizers:
                 optimizer.step()
+            silence_padding(model.transformer)
             decay = min(0.995, (step - begun + 1) / (step - begun + 10))  # the average starts anew with a stage
             with torch.no_grad():
                 for mine, theirs in zip(average.parameters(), model.parameters(), strict=True):
