@@ -18,6 +18,8 @@ from train_embedded.vae import load_vae
 
 CLIPS_PER_SHARD = 64
 FRAMES = 33
+WHOLE = 9
+"""Latent frames of a clip."""
 
 
 def write_shard(vae: torch.nn.Module, path: Path, size: int, seed: int, device: str) -> None:
@@ -54,10 +56,15 @@ class LatentPool:
             self.words.extend(Words(*entry) for entry in json.loads(facts["words"]))
             self.seen.add(path)
 
-    def batch(self, count: int, rng: random.Random) -> tuple[torch.Tensor, list[Words]]:
-        """`count` clips drawn at random: latents [count, C, T, H, W] and their words."""
-        picks = [rng.randrange(len(self.latents)) for _ in range(count)]
-        return torch.stack([self.latents[i] for i in picks]).float(), [self.words[i] for i in picks]
+    def batch(self, clips: int, rng: random.Random, window: int = WHOLE) -> tuple[torch.Tensor, list[Words]]:
+        """As many latent frames as `clips` whole clips have, cut from clips drawn at random, `window` from each.
+
+        Returns latents [samples, C, window, H, W] and their words.
+        """
+        samples = clips * WHOLE // window
+        picks = [(rng.randrange(len(self.latents)), rng.randrange(WHOLE - window + 1)) for _ in range(samples)]
+        windows = torch.stack([self.latents[clip][:, start : start + window] for clip, start in picks])
+        return windows.float(), [self.words[clip] for clip, _ in picks]
 
 
 def main() -> None:

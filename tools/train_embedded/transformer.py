@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from transformers import UMT5EncoderModel
 
 from train_embedded.checkpoint import load_checkpoint, optimizer_tensors, restore_optimizer, save_checkpoint
-from train_embedded.latents import LatentPool
+from train_embedded.latents import WHOLE, LatentPool
 from train_embedded.scene import free_caption
 from train_embedded.text import TEXT_WIDTH, build_text_encoder, build_tokenizer, encode_captions
 from train_embedded.vae import LATENT_CHANNELS
@@ -145,16 +145,23 @@ def train(
     final_rate: float,
     device: str,
     seed: int,
+    windows: list[int] | None = None,
     start: Path | None = None,
 ) -> None:
-    """Train to `steps` in all; the rate falls linearly from `rate` where this stage began to `final_rate`."""
+    """Train to `steps` in all; the rate falls linearly from `rate` where this stage began to `final_rate`.
+
+    `windows` are numbers of latent frames, one of which is drawn for every step; by default whole clips. Short ones
+    show more different clips at the same cost, which is how the model learns what the words mean.
+    """
+    windows = windows or [WHOLE]
     torch.manual_seed(seed)
     model, average = Generator().to(device), Generator().to(device)
     if start is not None:
         load_exported(model, start)
     average.load_state_dict(model.state_dict())
     optimizers = build_optimizers(model)
-    stage, first, begun = ",".join(p.name for p in latents) + f"→{steps}", 0, 0
+    stage = ",".join(p.name for p in latents) + ("" if windows == [WHOLE] else f" in windows {windows}") + f"→{steps}"
+    first, begun = 0, 0
     checkpoint = run / "last.safetensors"
     if checkpoint.exists():
         parts, facts = load_checkpoint(checkpoint)
@@ -175,7 +182,7 @@ def train(
                     group["lr"] = (rate + (final_rate - rate) * progress) * min(1.0, (step - begun + 1) / 30)
             rng = random.Random(seed * 1_000_003 + step)
             noise = torch.Generator().manual_seed(seed * 1_000_003 + step)
-            clean, words = rng.choice(pools).batch(batch, rng)
+            clean, words = rng.choice(pools).batch(batch, rng, rng.choice(windows))
             captions = ["" if rng.random() < CAPTION_DROPOUT else free_caption(w, rng) for w in words]
             with torch.autocast(device, torch.bfloat16):
                 loss = flow_loss(model, clean.to(device), captions, noise)
@@ -227,6 +234,7 @@ def main() -> None:
     parser.add_argument("--final-rate", type=float, default=5e-4)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--windows", type=int, nargs="+", help="latent frames per sample, one drawn for every step")
     parser.add_argument("--start", type=Path, help="an exported model to start from, if `--run` is new")
     train(**vars(parser.parse_args()))
 
