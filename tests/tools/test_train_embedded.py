@@ -54,7 +54,7 @@ def test_training_resumes_where_it_stopped(tmp_path, monkeypatch):
     vae.train(tmp_path / "vae", steps=2, batch=1, rate=1e-3, device="cpu", seed=0)
     monkeypatch.setattr(latents, "CLIPS_PER_SHARD", 4)
     latents.write_shard(vae.load_vae(tmp_path / "vae"), tmp_path / "latents/0.safetensors", 64, 0, "cpu")
-    options = dict(latents=[tmp_path / "latents"], batch=2, rate=1e-3, final_rate=1e-4, device="cpu", seed=0)
+    options = dict(latents=[tmp_path / "latents"], batch=[2], rate=1e-3, final_rate=1e-4, device="cpu", seed=0)
     transformer.train(tmp_path / "whole", steps=4, **options)
     transformer.train(tmp_path / "parts", steps=2, **options)
     transformer.train(tmp_path / "parts", steps=4, **options)

@@ -140,7 +140,7 @@ def train(
     run: Path,
     latents: list[Path],
     steps: int,
-    batch: int,
+    batch: list[int],
     rate: float,
     final_rate: float,
     device: str,
@@ -150,6 +150,7 @@ def train(
 ) -> None:
     """Train to `steps` in all; the rate falls linearly from `rate` where this stage began to `final_rate`.
 
+    Every step draws one of the folders of `latents` and takes `batch` clips from it, one number or one for each.
     `windows` are numbers of latent frames, one of which is drawn for every step; by default whole clips. Short ones
     show more different clips at the same cost, which is how the model learns what the words mean.
     """
@@ -171,7 +172,8 @@ def train(
             restore_optimizer(optimizer, parts[f"optimizer{i}"])
         first = facts["step"]
         begun = facts["begun"] if facts["stage"] == stage else first
-    pools = [LatentPool(folder) for folder in latents]
+    sizes = batch if len(batch) == len(latents) else batch * len(latents)
+    pools = [(LatentPool(folder), clips) for folder, clips in zip(latents, sizes, strict=True)]
     run.mkdir(parents=True, exist_ok=True)
     with open(run / "log.jsonl", "a") as log:
         started, losses = time.time(), []
@@ -182,7 +184,8 @@ def train(
                     group["lr"] = (rate + (final_rate - rate) * progress) * min(1.0, (step - begun + 1) / 30)
             rng = random.Random(seed * 1_000_003 + step)
             noise = torch.Generator().manual_seed(seed * 1_000_003 + step)
-            clean, words = rng.choice(pools).batch(batch, rng, rng.choice(windows))
+            pool, clips = rng.choice(pools)
+            clean, words = pool.batch(clips, rng, rng.choice(windows))
             captions = ["" if rng.random() < CAPTION_DROPOUT else free_caption(w, rng) for w in words]
             with torch.autocast(device, torch.bfloat16):
                 loss = flow_loss(model, clean.to(device), captions, noise)
@@ -208,7 +211,7 @@ def train(
                 print(json.dumps(line), file=log, flush=True)
                 losses = []
             if (step + 1) % 100 == 0 or step + 1 == steps:
-                for pool in pools:
+                for pool, _ in pools:
                     pool.refresh()
                 facts = {"step": step + 1, "stage": stage, "begun": begun, "seed": seed}
                 states = {"weights": model.state_dict(), "average": average.state_dict()}
@@ -229,7 +232,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--latents", type=Path, nargs="+", required=True)
     parser.add_argument("--steps", type=int, required=True)
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--batch", type=int, nargs="+", default=[8], help="clips per step, one or for each folder")
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--final-rate", type=float, default=5e-4)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
