@@ -1,4 +1,4 @@
-"""Train the transformer and the text encoder on latents: velocity prediction of a rectified flow.
+"""Train the transformer on latents: velocity prediction of a rectified flow. A new run trains the text encoder first.
 
     PYTHONPATH=.:tools python -m train_embedded.transformer --run runs/dit --latents runs/latents64 --steps 2000
 
@@ -23,7 +23,7 @@ from transformers import UMT5EncoderModel
 from train_embedded.checkpoint import load_checkpoint, optimizer_tensors, restore_optimizer, save_checkpoint
 from train_embedded.latents import WHOLE, LatentPool
 from train_embedded.scene import free_caption
-from train_embedded.text import TEXT_WIDTH, build_text_encoder, build_tokenizer, encode_captions
+from train_embedded.text import TEXT_WIDTH, build_text_encoder, build_tokenizer, encode_captions, teach_words
 from train_embedded.vae import LATENT_CHANNELS
 
 CAPTION_DROPOUT = 0.1
@@ -85,12 +85,12 @@ class BiasedTextProcessor:
 
 
 class Generator(nn.Module):
-    """Text encoder and transformer as one trainable module."""
+    """The transformer with its text encoder, which is frozen here."""
 
     def __init__(self) -> None:
         super().__init__()
         self.tokenizer = build_tokenizer()
-        self.text_encoder = build_text_encoder(len(self.tokenizer))
+        self.text_encoder = build_text_encoder(len(self.tokenizer)).requires_grad_(False)
         self.transformer = build_transformer()
         self.text_attention = BiasedTextProcessor()
         for block in self.transformer.blocks:
@@ -106,9 +106,10 @@ class Generator(nn.Module):
 
 def build_optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
     """Muon for the blocks' matrices, AdamW for the rest; learning rates are set at every step."""
-    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and ".blocks." in f".{n}" and "embed" not in n]
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    matrices = [p for name, p in trained.items() if p.ndim == 2 and ".blocks." in name]
     chosen = {id(p) for p in matrices}
-    rest = [p for p in model.parameters() if id(p) not in chosen]
+    rest = [p for p in trained.values() if id(p) not in chosen]
     return [
         torch.optim.Muon(matrices, lr=1e-3, weight_decay=0.01, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(rest, lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0),
@@ -157,9 +158,6 @@ def train(
     windows = windows or [WHOLE]
     torch.manual_seed(seed)
     model, average = Generator().to(device), Generator().to(device)
-    if start is not None:
-        load_exported(model, start)
-    average.load_state_dict(model.state_dict())
     optimizers = build_optimizers(model)
     stage = ",".join(p.name for p in latents) + ("" if windows == [WHOLE] else f" in windows {windows}") + f"→{steps}"
     first, begun = 0, 0
@@ -172,6 +170,13 @@ def train(
             restore_optimizer(optimizer, parts[f"optimizer{i}"])
         first = facts["step"]
         begun = facts["begun"] if facts["stage"] == stage else first
+    else:
+        if start is not None:
+            load_exported(model, start)
+        else:
+            named = teach_words(model.tokenizer, model.text_encoder, seed=seed)
+            print(f"text encoder: {named:.1%} of the attributes named rightly", flush=True)
+        average.load_state_dict(model.state_dict())
     sizes = batch if len(batch) == len(latents) else batch * len(latents)
     pools = [(LatentPool(folder), clips) for folder, clips in zip(latents, sizes, strict=True)]
     run.mkdir(parents=True, exist_ok=True)
