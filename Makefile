@@ -34,7 +34,8 @@ bench: $(VENV)/.ready
 
 # The tests need nothing beyond Python, make and a C++ compiler.
 ci-setup:
-	@command -v c++ >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq g++; }
+	@command -v c++ >/dev/null || [ "$$(id -u)" = 0 ] || { echo "a C++ compiler is needed: apt install g++"; exit 1; }
+	@command -v c++ >/dev/null || { apt-get update -qq && apt-get install -y -qq g++; }
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
@@ -50,7 +51,10 @@ $(VENV)/.torch: constraints.txt
 	elif $(PYTHON) -c 'import urllib.request as r; r.urlopen("$(CPU_INDEX)/torch/", timeout=4)' 2>/dev/null; then \
 	  index=$(CPU_INDEX); echo "== torch from $$index (no NVIDIA GPU: the CPU build)"; \
 	else echo "== torch from PyPI (no NVIDIA GPU, but $(CPU_INDEX) did not answer within 4 s)"; fi; \
-	$(BIN)/pip install -q --disable-pip-version-check $${index:+--index-url $$index} -c constraints.txt torch
+	install="$(BIN)/pip install -q --disable-pip-version-check --no-deps -c constraints.txt torch"; \
+	if [ -n "$$index" ] && ! $$install --index-url $$index; then \
+	  echo "== $$index has no such torch: from PyPI instead"; $$install; \
+	elif [ -z "$$index" ]; then $$install; fi
 	@touch $@
 
 $(VENV)/.ready: $(VENV)/.torch pyproject.toml

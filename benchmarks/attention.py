@@ -105,6 +105,7 @@ def main() -> None:
         "rows": rows,
     }
     output = args.output or Path(__file__).parent / "results" / f"attention_{device.type}.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(result, indent=1) + "\n")
 
     table = Table(title=f"{args.tokens} tokens, {args.heads} heads × {args.head_dim}, {result['dtype']}, {backend}")

@@ -79,6 +79,7 @@ def main() -> None:
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     output = args.output or Path(__file__).parent / "results" / f"embedded_{device}.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
     clips = []
     for number, prompt in enumerate(PROMPTS[: args.prompts]):
         request = GenerateRequest(

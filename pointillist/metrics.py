@@ -25,10 +25,12 @@ def compare(a: np.ndarray, b: np.ndarray) -> Comparison:
     """Compare two clips, float [F, H, W, 3] in [0, 1].
 
     Raises:
-        ValueError: the shapes differ, or the frames are smaller than the SSIM window of 11 pixels.
+        ValueError: the shapes differ, values are not finite, or frames are smaller than the SSIM window of 11 pixels.
     """
     if a.shape != b.shape or a.ndim != 4:
         raise ValueError(f"the clips must have one shape [frames, height, width, 3]; given {a.shape} and {b.shape}")
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        raise ValueError("the clips hold values that are not finite")
     per_frame = tuple(psnr(x, y) for x, y in zip(a, b, strict=True))
     similarity = float(np.mean([ssim(x, y) for x, y in zip(a, b, strict=True)]))
     return Comparison(float(np.mean(per_frame)), similarity, per_frame, bool(np.array_equal(a, b)))

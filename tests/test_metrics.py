@@ -37,5 +37,7 @@ def test_mean_over_frames_and_cap():
 def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"\(2, 16, 16, 3\) and \(3, 16, 16, 3\)"):
         compare(np.zeros((2, 16, 16, 3)), np.zeros((3, 16, 16, 3)))
+    with pytest.raises(ValueError, match="not finite"):
+        compare(np.full((1, 16, 16, 3), np.nan), np.zeros((1, 16, 16, 3)))
     with pytest.raises(ValueError, match="larger than 10 pixels"):
         ssim(np.zeros((10, 20, 3)), np.zeros((10, 20, 3)))

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,18 @@ def test_private_names_of_diffusers_stay_in_the_bridge():
         text = path.read_text()
         if path.name != "bridge.py":
             assert "_AttentionBackendRegistry" not in text and "._attention_backend" not in text, path
+
+
+def test_everything_that_is_not_code_is_in_the_package():
+    listed = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    packaged = {
+        file
+        for package, patterns in listed.items()
+        for pattern in patterns
+        for file in (PACKAGE.parent / package.replace(".", "/")).glob(pattern.replace("**", "**/*"))
+    }
+    files = {p for p in PACKAGE.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")}
+    assert files and files <= packaged
 
 
 def test_import_loads_no_torch():

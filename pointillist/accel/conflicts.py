@@ -51,7 +51,7 @@ def check_arguments(pipe: Any, cache: str | None, regions: str | None, backend: 
                 f"{name}={value!r} is not available; allowed are 'auto' (what the plan says) and 'none'"
             )
     try:
-        choose_backend(pipe.device, backend)
+        choose_backend(getattr(pipe, "_execution_device", pipe.device), backend)  # they differ when offloading
     except ValueError as error:
         raise AccelerateError(str(error)) from error
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import tempfile
 from dataclasses import asdict, dataclass, field
@@ -78,12 +77,12 @@ class Plan:
         Raises:
             PlanError: a value that is not allowed.
         """
-        rule = Rule(pattern, density)
+        rule = Rule(pattern, 1.0 if pattern == "dense" else density)
         if tail == "default":
             tail = "pooled" if pattern == "pooled" else "none"
         steps = f", {dense_steps} dense steps" if dense_steps else ""
         return cls(
-            name=f"uniform {pattern} at {density:g}, tail {tail}{steps}",
+            name="uniform dense" if pattern == "dense" else f"uniform {pattern} at {density:g}, tail {tail}{steps}",
             table=((rule,),),
             tail=tail,
             schedule=Schedule(dense_steps=dense_steps),
@@ -144,10 +143,14 @@ class Plan:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
-        """Read a plan file; nothing in it is executed. Raises PlanError for anything that is not a plan."""
+        """Read a plan file, or the JSON that ships; nothing is executed. Raises PlanError for what is not a plan."""
         try:
+            if os.fspath(path).endswith(".json"):
+                return cls.from_json(Path(path).read_text(encoding="utf-8"))
             with safe_open(os.fspath(path), framework="np") as file:
                 metadata = file.metadata() or {}
+        except PlanError:
+            raise
         except (SafetensorError, OSError, ValueError) as error:
             raise PlanError(f"cannot read a plan from {os.fspath(path)}: {error}") from error
         if "pointillist.plan" not in metadata:
@@ -194,7 +197,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def _refuse_constant(name: str) -> None:

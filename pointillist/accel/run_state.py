@@ -1,9 +1,10 @@
-"""`RunState`: where in a generation we are, derived from what the pipeline does; nothing is counted."""
+"""`RunState`: where in a generation we are, derived from what the pipeline does."""
 
 import contextlib
 import functools
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +16,6 @@ class RunState:
     """A generation begins with `set_timesteps`; the rest is read off each transformer call."""
 
     def __init__(self) -> None:
-        self.generation = 0
         self.sigmas: tuple[float, ...] = ()
         """Of all steps of the generation, noisiest first, in the scheduler's units."""
         self.step: int | None = None
@@ -31,13 +31,8 @@ class RunState:
         self._timesteps: torch.Tensor | None = None
         self._unnamed: tuple[tuple[str, int | None], int] = (("", None), 0)
 
-    @property
-    def sigma(self) -> float | None:
-        return None if self.step is None else self.sigmas[self.step]
-
     def begin_generation(self, scheduler: Any) -> None:
         """Take over the steps that `scheduler` has just set; what an earlier generation left is dropped."""
-        self.generation += 1
         self._timesteps = torch.as_tensor(scheduler.timesteps)
         levels = getattr(scheduler, "sigmas", None)
         count = len(self._timesteps)
@@ -135,21 +130,36 @@ def watch_branches(transformer: Any, state: RunState) -> Undo:
     return _wrap(transformer, "cache_context", cache_context)
 
 
+@dataclass
+class _Link:
+    """One wrapped method of an instance. Wrappers of several owners may be undone in any order."""
+
+    earlier: Any
+    """What the instance itself held before, None for the method of its class."""
+    wrapper: Any = None
+    active: bool = True
+
+
 def _wrap(owner: Any, name: str, around: Callable[..., Any]) -> Undo:
     """Replace the method `name` of this instance by `around(original, …)`. Returns the undo."""
-    earlier = vars(owner).get(name)
-    original = getattr(owner, name)
+    original, link = getattr(owner, name), _Link(vars(owner).get(name))
 
     @functools.wraps(original)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        return around(original, *args, **kwargs)
+        return around(original, *args, **kwargs) if link.active else original(*args, **kwargs)
 
+    link.wrapper = wrapper
+    wrapper._pointillist_link = link  # type: ignore[attr-defined]
     setattr(owner, name, wrapper)
 
     def undo() -> None:
-        if earlier is None:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, earlier)
+        link.active = False
+        method = vars(owner).get(name)
+        while (top := getattr(method, "_pointillist_link", None)) and top.wrapper is method and not top.active:
+            method = top.earlier
+        if method is None:
+            vars(owner).pop(name, None)
+        elif method is not vars(owner).get(name):  # else somebody has wrapped ours, and calls through it
+            setattr(owner, name, method)
 
     return undo

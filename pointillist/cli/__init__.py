@@ -16,7 +16,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Make Diffusers pipelines several times faster with sparse attention.",
+    help="Make Diffusers video pipelines faster with sparse attention.",
 )
 app.command("generate")(generate.command)
 app.command("compare")(compare.command)
@@ -50,6 +50,13 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
         usage = isinstance(error, ValueError) and not isinstance(error, (PlanError, ModelError))
         return _fail(str(error) or type(error).__name__, 2 if usage else 1)
+    except Exception as error:
+        if os.environ.get("POINTILLIST_DEBUG") == "1":
+            raise
+        first = f"{type(error).__name__}: {error}".partition("\n")[0]
+        if "allocate memory" in str(error) or "out of memory" in str(error):
+            return _fail(f"there is not enough memory; try a smaller size or fewer frames ({first})", 1)
+        return _fail(f"this should not have happened; POINTILLIST_DEBUG=1 shows where: {first}", 1)
 
 
 def _fail(message: str, code: int) -> int:

@@ -51,8 +51,9 @@ def command(
         if value not in ("auto", "none"):
             raise ValueError(f"{name} {value} is not available; allowed are auto and none")
     request = GenerateRequest(
-        prompt, output, model, negative_prompt, steps, seed, width, height, frames, guidance, shift, fps, speed,
-        plan, pattern, density, tail, compare, device, dtype, download,
+        prompt=prompt, output=output, model=model, negative_prompt=negative_prompt, steps=steps, seed=seed,
+        width=width, height=height, frames=frames, guidance=guidance, shift=shift, fps=fps, speed=speed, plan=plan,
+        pattern=pattern, density=density, tail=tail, compare=compare, device=device, dtype=dtype, download=download,
     )  # fmt: skip
     _quieten()
     _hint_at_words(request)

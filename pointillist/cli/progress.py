@@ -31,6 +31,8 @@ def show_progress(console: Console) -> Iterator[Callable[[Event], None]]:
 
         def show(event: Event) -> None:
             pace = f"{event.seconds_per_step:.2f} s/step" if event.seconds_per_step else ""
+            if event.phase != bar.tasks[0].description:
+                bar.reset(task)  # or the clock of a finished phase would stand still in the next one
             bar.update(task, description=event.phase, completed=event.step, total=event.steps or None, pace=pace)
 
         yield show

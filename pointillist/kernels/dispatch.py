@@ -8,7 +8,7 @@ import torch
 
 from pointillist.kernels import reference
 from pointillist.kernels.layout import BlockLayout
-from pointillist.kernels.pooling import dropped_of, pool_blocks
+from pointillist.kernels.pooling import dropped_of, in_order, pool_blocks
 
 BACKENDS = ("reference", "cpu", "triton")
 
@@ -88,11 +88,11 @@ def pooled_attention(
     query_bounds: torch.Tensor,
     scale: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of every query over block means of the keys, `log_counts` [B|1, n] added to the logits.
+    """Attention of every query over block means of the keys, `log_counts` [B|1, H|1, n] added to the logits.
 
     `pairs` bool [B|1, H|1, nq, n] says which query block (of `query_bounds`, int32 [nq+1]) sees which mean;
-    for a tail it is `dropped_of(layout)`. `q` is in block order. There are few means (one per 64 to 128 keys), so
-    plain matrix products are fast on every device.
+    for a tail it is `dropped_of(layout)`. `q` is in block order. Plain torch on every device, a slice of the queries
+    at a time.
     """
     return reference.pooled_attention(
         q,
@@ -121,28 +121,19 @@ def attention_with_pooled_tail(
     Arguments, result and errors are those of `block_sparse_attention`.
     """
     out, lse = block_sparse_attention(q, k, v, layout, scale, return_lse=True, backend=backend)
-    pooled_k, counts = pool_blocks(
-        _in_order(k, layout.key_order), layout.key_bounds, layout.key_lengths, layout.key_order
+    (pooled_k, counts), (pooled_v, _) = (
+        pool_blocks(in_order(x, layout.key_order), layout.key_bounds, layout.key_lengths, layout.key_order)
+        for x in (k, v)
     )
-    pooled_v, _ = pool_blocks(_in_order(v, layout.key_order), layout.key_bounds, layout.key_lengths, layout.key_order)
     tail, tail_lse = pooled_attention(
-        _in_order(q, layout.query_order), pooled_k, pooled_v, counts.log()[:, 0],
+        in_order(q, layout.query_order), pooled_k, pooled_v, counts.log(),
         pairs=dropped_of(layout), query_bounds=layout.query_bounds, scale=scale,
     )  # fmt: skip
     if layout.query_order is not None:
         places = layout.query_order.argsort(-1)
-        tail = _in_order(tail, places)
-        tail_lse = _in_order(tail_lse[..., None], places)[..., 0]
+        tail = in_order(tail, places)
+        tail_lse = in_order(tail_lse[..., None], places)[..., 0]
     return merge_attention(out, lse, tail, tail_lse.to(lse.dtype))[0]
-
-
-def _in_order(x: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
-    """`x` [B, H, S, D] taken in `order` [B|1, H|1, S]."""
-    if order is None:
-        return x
-    if order.shape[:2] == (1, 1):
-        return x.index_select(2, order[0, 0])
-    return x.gather(2, order.expand(*x.shape[:2], -1)[..., None].expand_as(x))
 
 
 def _backend(name: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:

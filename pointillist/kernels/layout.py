@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
@@ -126,7 +125,8 @@ class BlockLayout:
         """The kept pairs as bool [B|1, H|1, nq, nk]: the inverse of `from_bounds`."""
         batch, heads, _ = self.indptr.shape
         counts = self.indptr.diff(dim=-1).flatten().long()
-        rows = torch.repeat_interleave(torch.arange(counts.numel(), device=self.device), counts)
+        rows = torch.arange(counts.numel(), device=self.device)
+        rows = rows.repeat_interleave(counts, output_size=self.columns.numel())
         mask = torch.zeros(counts.numel(), self.key_blocks, dtype=torch.bool, device=self.device)
         mask[rows, self.columns.long()] = True
         return mask.view(batch, heads, self.query_blocks, self.key_blocks)
@@ -155,13 +155,6 @@ class BlockLayout:
         """Kept share of the token pairs, mean over batch entries and heads. Waits for the device."""
         area = self.query_bounds.diff().double()[:, None] * self.key_bounds.diff().double()
         return float((self.mask() * area).sum(dim=(-1, -2)).mean() / (self.q_len * self.k_len))
-
-    def to(self, device: torch.device | str) -> BlockLayout:
-        """The same layout on another device."""
-        tensors: dict[str, Any] = {
-            name: value.to(device) for name, value in vars(self).items() if torch.is_tensor(value)
-        }
-        return replace(self, **tensors)
 
 
 def uniform_bounds(length: int, block: int, device: torch.device | str = "cpu") -> torch.Tensor:

@@ -40,6 +40,15 @@ def _block_sums(x: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
     return sums.index_add_(2, block_of, x)
 
 
+def in_order(x: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
+    """`x` [B, H, S, D] taken in `order` [B|1, H|1, S]; None is the tokens' own order."""
+    if order is None:
+        return x
+    if order.shape[:2] == (1, 1):
+        return x.index_select(2, order[0, 0])
+    return x.gather(2, order.expand(*x.shape[:2], -1)[..., None].expand_as(x))
+
+
 def dropped_of(layout: BlockLayout) -> torch.Tensor:
     """The pairs that a tail may stand in for: neither kept nor forbidden. bool [B|1, H|1, nq, nk]."""
     dropped = ~layout.mask()

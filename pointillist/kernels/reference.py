@@ -8,16 +8,19 @@ import torch
 
 from pointillist.kernels.layout import BlockLayout
 
+SCORES_AT_ONCE = 2**25
+"""Of pooled attention: so many scores are in memory at a time, 128 MiB of them."""
+
 
 def masked_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, logit_bias: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax attention with `logit_bias` (−inf forbids) added to the scaled scores; softmax in ≥ float32."""
+    """Softmax attention with `logit_bias` (−inf forbids) added to the scaled scores; all of it in ≥ float32."""
     wide = torch.promote_types(q.dtype, torch.float32)
-    scores = torch.matmul(q, k.transpose(-1, -2)).to(wide) * scale + logit_bias
+    scores = torch.matmul(q.to(wide), k.to(wide).transpose(-1, -2)) * scale + logit_bias
     lse = torch.logsumexp(scores, dim=-1)
     weights = torch.exp(scores - lse.clamp(min=torch.finfo(wide).min)[..., None])
-    return torch.matmul(weights.to(v.dtype), v), lse
+    return torch.matmul(weights, v.to(wide)).to(v.dtype), lse
 
 
 def block_sparse_attention(
@@ -42,14 +45,20 @@ def pooled_attention(
     query_bounds: torch.Tensor,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention over block means. `pairs` bool [B|1, H|1, nq, n], `log_counts` [B|1, n] added to the logits.
+    """Attention over block means. `pairs` bool [B|1, H|1, nq, n], `log_counts` [B|1, H|1, n] added to the logits.
 
     Each pooled key stands for as many tokens as its count (Sol-Attn; SVG-EAR): e^(ln n + s) = n·e^s.
     """
-    rows = pairs.repeat_interleave(query_bounds.diff().long(), dim=2)
-    bias = log_counts[:, None, None, :].to(torch.promote_types(q.dtype, torch.float32))
-    bias = torch.where(rows, bias, float("-inf"))
-    return masked_attention(q, pooled_k, pooled_v, bias, scale)
+    batch, heads, q_len, _ = q.shape
+    blocks = torch.arange(pairs.shape[2], device=q.device)
+    block_of_row = blocks.repeat_interleave(query_bounds.diff().long(), output_size=q_len)
+    bias = log_counts[:, :, None, :].to(torch.promote_types(q.dtype, torch.float32))
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=bias.dtype)
+    at_once = max(1, SCORES_AT_ONCE // (batch * heads * bias.shape[-1]))
+    for rows in (slice(start, start + at_once) for start in range(0, q_len, at_once)):
+        rows_bias = torch.where(pairs[:, :, block_of_row[rows]], bias, float("-inf"))
+        out[:, :, rows], lse[:, :, rows] = masked_attention(q[:, :, rows], pooled_k, pooled_v, rows_bias, scale)
+    return out, lse
 
 
 def merge_attention(

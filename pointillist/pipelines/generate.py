@@ -10,13 +10,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pointillist.pipelines.video import check_output, write_clip
+from pointillist.accel.plan import Plan, PlanError
+from pointillist.accel.schedule import Schedule
+from pointillist.pipelines.video import Clip, check_format, check_output, write_clips
 
 SPEEDS = ("exact", "quality", "balanced", "fast")
 SPEED_DENSITIES = {"quality": 0.35, "fast": 0.1}
 """Density at the speeds other than exact (dense) and balanced (the plan's own)."""
 DENSE_SHARE = 0.15
 """Of the steps that stay dense with `--pattern`."""
+ASKED = ("shift", "device", "dtype", "speed", "plan", "pattern", "density", "tail")
+"""What a file says of its request beside the facts; null is the default."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +58,7 @@ class GenerateRequest:
             raise ValueError('the prompt is empty; describe the clip, e.g. "a red circle moving left on black"')
         if self.steps is not None and not 1 <= self.steps <= 1000:
             raise ValueError(f"{self.steps} steps are not possible; allowed are 1 to 1000")
-        if not 1 <= self.fps <= 120:
-            raise ValueError(f"{self.fps} frames per second are not possible; allowed are 1 to 120")
+        check_format(self.output, self.fps)
         if self.guidance is not None and not (math.isfinite(self.guidance) and self.guidance >= 0):
             raise ValueError(f"guidance {self.guidance} is not possible; it is a number from 0 (1 is off)")
         if self.shift is not None and not (math.isfinite(self.shift) and self.shift > 0):
@@ -72,8 +75,26 @@ class GenerateRequest:
             raise ValueError("--plan and --pattern exclude each other; give one of them")
         if self.pattern is None and (self.density is not None or self.tail != "default"):
             raise ValueError("--density and --tail describe a --pattern; give one, e.g. --pattern pooled --density 0.2")
+        if self.pattern is not None:
+            try:
+                self.uniform_plan(steps=1)
+            except PlanError as error:
+                raise ValueError(str(error)) from error
         if self.dtype is not None and self.dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"dtype {self.dtype!r} is unknown; allowed are float32, bfloat16, float16")
+
+    def uniform_plan(self, steps: int) -> Plan:
+        """The plan that `pattern`, `density` and `tail` describe, for so many steps."""
+        assert self.pattern is not None
+        density = 0.25 if self.density is None else self.density
+        return Plan.uniform(self.pattern, density, tail=self.tail, dense_steps=math.ceil(DENSE_SHARE * steps))
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """What is written: `output`, and with `compare` also `dense` and `compare`."""
+        named = ("dense", "compare") if self.compare else ()
+        beside = {name: self.output.with_name(f"{self.output.stem}_{name}{self.output.suffix}") for name in named}
+        return {"output": self.output, **beside}
 
 
 @dataclass(frozen=True)
@@ -104,42 +125,43 @@ def generate(request: GenerateRequest, progress: Progress = lambda event: None) 
     Raises:
         ValueError, AccelerateError, PlanError, ModelError, OutputError: one sentence on what was given and allowed.
     """
-    check_output(request.output)
+    for path in request.files.values():
+        check_output(path)
     started = time.perf_counter()
     progress(Event("loading the model"))
     pipe, plan, call = prepare(request)
     seed = request.seed if request.seed is not None else secrets.randbelow(2**31)
     loaded = time.perf_counter() - started
 
-    files = {"output": request.output}
     dense = run_once(pipe, "none", call, seed, progress, "dense") if request.compare else None
     fast = run_once(pipe, plan, call, seed, progress, "accelerated" if request.compare else "")
     facts = describe(request, call, seed, fast, dense)
     facts["load_seconds"] = round(loaded, 3)
 
     progress(Event("writing"))
-    writing = time.perf_counter()
-    write_clip(request.output, fast.frames, request.fps, facts)
-    written = time.perf_counter() - writing
-    facts["seconds"]["total"] += written
+    facts = _rounded(facts)
+    clips = {request.output: Clip(fast.frames, facts)}
     if dense is not None:
-        facts["dense_seconds"]["total"] += written
-        facts["speedup"]["total"] = facts["dense_seconds"]["total"] / facts["seconds"]["total"]
-        files |= _write_comparison(request, fast.frames, dense.frames, facts)
-    return GenerateResult(request.output, _rounded(facts), files)
+        plain = replace(request, plan="none", pattern=None, speed=None, density=None, tail="default")
+        apart = describe(replace(plain, output=request.files["dense"]), call, seed, dense, None)
+        clips[request.files["dense"]] = Clip(dense.frames, _rounded(apart))
+        clips[request.files["compare"]] = Clip(_side_by_side(dense.frames, fast.frames), facts)
+    write_clips(clips, request.fps)
+    return GenerateResult(request.output, facts, request.files)
 
 
 def prepare(request: GenerateRequest) -> tuple[Any, Any, dict[str, Any]]:
     """The pipeline, the plan, and the arguments of its call; everything is checked here."""
     import torch
 
-    from pointillist.accel.plan import Plan
+    from pointillist.accel.conflicts import targets_of
     from pointillist.pipelines.load import check_size, defaults, load_pipeline
 
     if request.plan not in (None, "auto", "none"):
         Plan.load(request.plan)  # a bad file is told before a model is loaded
     dtype = getattr(torch, request.dtype) if request.dtype else None
     pipe = load_pipeline(request.model, dtype=dtype, device=request.device, download=request.download)
+    targets_of(pipe)
     chosen = {
         "height": request.height, "width": request.width, "num_frames": request.frames,
         "num_inference_steps": request.steps, "guidance_scale": request.guidance,
@@ -147,7 +169,7 @@ def prepare(request: GenerateRequest) -> tuple[Any, Any, dict[str, Any]]:
     call = {**defaults(pipe), **{name: value for name, value in chosen.items() if value is not None}}
     check_size(pipe, call["width"], call["height"], call["num_frames"])
     if request.shift is not None:
-        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, shift=request.shift)
+        pipe.scheduler = _shifted(pipe.scheduler, request.shift)
     call["prompt"], call["negative_prompt"] = request.prompt, request.negative_prompt
     return pipe, plan_of(request, pipe, call["num_inference_steps"]), call
 
@@ -156,17 +178,23 @@ def plan_of(request: GenerateRequest, pipe: Any, steps: int) -> Any:
     """What to hand to `accelerate`: "auto", "none", a path, or a plan."""
     from pointillist.accel.choose_plan import choose_plan
     from pointillist.accel.conflicts import targets_of
-    from pointillist.accel.plan import Plan
 
     if request.pattern is not None:
-        density = 0.25 if request.density is None else request.density
-        return Plan.uniform(request.pattern, density, tail=request.tail, dense_steps=math.ceil(DENSE_SHARE * steps))
+        return request.uniform_plan(steps)
     if request.speed == "exact":
         return "none"
     if request.speed in SPEED_DENSITIES:
         plan = choose_plan("auto", targets_of(pipe)).plan
         return "none" if plan is None else _at_density(plan, SPEED_DENSITIES[request.speed])
     return request.plan or "auto"
+
+
+def _shifted(scheduler: Any, shift: float) -> Any:
+    """The same scheduler with another shift of its sigmas, which is `flow_shift` in some of them."""
+    for name in ("shift", "flow_shift"):
+        if name in scheduler.config:
+            return type(scheduler).from_config(scheduler.config, **{name: shift})
+    raise ValueError(f"--shift is not possible: a {type(scheduler).__name__} has no shift")
 
 
 def _at_density(plan: Any, density: float) -> Any:
@@ -188,15 +216,25 @@ class Run:
 
 
 def run_once(pipe: Any, plan: Any, call: dict[str, Any], seed: int, progress: Progress, label: str) -> Run:
-    """Run under `plan`, after one untimed step that warms everything up."""
+    """Run under `plan`, after one untimed step that warms everything up.
+
+    Raises:
+        ModelError: the model made values that are not finite.
+    """
+    import numpy as np
     import torch
 
     from pointillist.accel.accelerate import accelerate
+    from pointillist.accel.choose_plan import choose_plan
+    from pointillist.accel.conflicts import targets_of
+    from pointillist.pipelines.load import ModelError
 
     prefix = f"{label}: " if label else ""
-    with accelerate(pipe, plan) as handle:
+    chosen = choose_plan(plan, targets_of(pipe)).plan
+    with accelerate(pipe, "none" if chosen is None else replace(chosen, schedule=Schedule())):
         progress(Event(f"{prefix}warming up"))
         pipe(**{**call, "num_inference_steps": 1, "output_type": "latent"}, generator=_generator(seed))
+    with accelerate(pipe, plan) as handle:
         steps, started = call["num_inference_steps"], time.perf_counter()
         progress(Event(f"{prefix}denoising", 0, steps))
 
@@ -210,7 +248,10 @@ def run_once(pipe: Any, plan: Any, call: dict[str, Any], seed: int, progress: Pr
             frames = pipe(**call, generator=_generator(seed), output_type="np", callback_on_step_end=after_step).frames[
                 0
             ]
-        return Run(frames, time.perf_counter() - started, handle.report())
+        seconds = time.perf_counter() - started
+    if not np.isfinite(frames).all():
+        raise ModelError(f"the model made values that are not finite in {pipe.transformer.dtype}; try another --dtype")
+    return Run(frames, seconds, handle.report())
 
 
 def describe(request: GenerateRequest, call: dict[str, Any], seed: int, fast: Run, dense: Run | None) -> dict[str, Any]:
@@ -223,6 +264,7 @@ def describe(request: GenerateRequest, call: dict[str, Any], seed: int, fast: Ru
         "tokens": report.tokens, "backend": report.backend, "plan": report.plan, "plan_source": report.plan_source,
         "seconds": _seconds(fast), "density": report.density, "density_overall": report.density_overall,
         "steps_run": report.steps, "fallbacks": list(report.fallbacks),
+        "request": {name: getattr(request, name) for name in ASKED},
     }  # fmt: skip
     if dense is not None:
         from pointillist.metrics import compare
@@ -234,16 +276,12 @@ def describe(request: GenerateRequest, call: dict[str, Any], seed: int, fast: Ru
     return facts
 
 
-def _write_comparison(request: GenerateRequest, fast: Any, dense: Any, facts: dict[str, Any]) -> dict[str, Path]:
-    """Write the dense clip, and both side by side with a thin line between them."""
+def _side_by_side(left: Any, right: Any) -> Any:
+    """Two clips [F, H, W, 3] with a thin line between them."""
     import numpy as np
 
-    path = request.output
-    files = {name: path.with_name(f"{path.stem}_{name}{path.suffix}") for name in ("dense", "compare")}
-    line = np.full((*fast.shape[:2], 4, 3), 0.5, dtype=fast.dtype)
-    write_clip(files["dense"], dense, request.fps, {**facts, "plan": "none"})
-    write_clip(files["compare"], np.concatenate([dense, line, fast], axis=2), request.fps, facts)
-    return files
+    line = np.full((*left.shape[:2], 4, 3), 0.5, dtype=left.dtype)
+    return np.concatenate([left, line, right], axis=2)
 
 
 def _seconds(run: Run) -> dict[str, float]:

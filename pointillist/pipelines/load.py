@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+from pointillist.accel.models import wan
 from pointillist.pipelines.embedded import EMBEDDED_FOLDER
 
 
@@ -28,7 +30,7 @@ def load_pipeline(
     import torch
     from diffusers import DiffusionPipeline
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = _checked_device(device)
     dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
     source = EMBEDDED_FOLDER if name == "embedded" else Path(name)
     if not source.is_dir():
@@ -43,16 +45,35 @@ def load_pipeline(
         pipe = DiffusionPipeline.from_pretrained(
             str(source) if source.is_dir() else name, torch_dtype=dtype, local_files_only=not download
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # what a broken folder raises
         hint = "" if source.is_dir() or download else "; if it is a Hub id, add --download to fetch it"
-        raise ModelError(f"the model {name!r} cannot be loaded: {str(error).splitlines()[0]}{hint}") from error
+        raise ModelError(f"the model {name!r} cannot be loaded: {str(error).partition(chr(10))[0]}{hint}") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 
 
+def _checked_device(device: str | None) -> str:
+    import torch
+
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise ModelError(f"the device {device!r} is unknown; allowed are cpu, cuda, cuda:0 and the like") from None
+    if kind != "cpu" and (kind == "meta" or not getattr(getattr(torch, kind, None), "is_available", bool)()):
+        raise ModelError(f"the device {device!r} is not available here; leave --device out to let it be chosen")
+    return device
+
+
 def is_embedded(pipe: Any) -> bool:
-    """Whether `pipe` is the model that ships with the package."""
-    return Path(getattr(pipe.config, "_name_or_path", "")) == EMBEDDED_FOLDER
+    """Whether `pipe` has the architecture of the model that ships with the package, from wherever it was loaded."""
+    transformer: Any = getattr(pipe, "transformer", None)
+    if not wan.is_member(transformer):
+        return False
+    shipped = json.loads((EMBEDDED_FOLDER / "transformer" / "config.json").read_text(encoding="utf-8"))
+    here = json.loads(transformer.to_json_string())  # so that tuples are lists here too
+    return all(here.get(name) == value for name, value in shipped.items() if not name.startswith("_"))
 
 
 def defaults(pipe: Any) -> dict[str, Any]:

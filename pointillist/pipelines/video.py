@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import imageio.v3 as iio
 import numpy as np
 
 FORMATS = (".mp4", ".gif", ".png")
+GIF_FPS = 50
+"""The most that players show."""
 STRIP_FRAMES = 8
 """Frames in a PNG strip, evenly spaced."""
 
@@ -22,10 +25,17 @@ class OutputError(OSError):
     """A clip cannot be written where it should go, or read from where it should be."""
 
 
+def check_format(path: Path, fps: int) -> None:
+    """Raise `ValueError` for a file name or a frame rate that no clip can have."""
+    if path.suffix.lower() not in FORMATS:
+        raise ValueError(f"the output {str(path)!r} must end in one of {', '.join(FORMATS)}")
+    most = GIF_FPS if path.suffix.lower() == ".gif" else 120
+    if not 1 <= fps <= most:
+        raise ValueError(f"{fps} frames per second are not possible; a {path.suffix} file can have 1 to {most}")
+
+
 def check_output(path: Path) -> None:
     """Raise `OutputError` if nothing can be written at `path`; makes its folder."""
-    if path.suffix.lower() not in FORMATS:
-        raise OutputError(f"the output {str(path)!r} must end in one of {', '.join(FORMATS)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
@@ -36,21 +46,34 @@ def check_output(path: Path) -> None:
         raise OutputError(f"the output {str(path)!r} is a folder; give the name of a file")
 
 
-def write_clip(path: Path, frames: np.ndarray, fps: int, settings: dict[str, Any]) -> None:
-    """Write float frames [F, H, W, 3] in [0, 1], whole or not at all, with `settings` as JSON in its metadata."""
-    pixels = (frames.clip(0, 1) * 255).round().astype(np.uint8)
-    comment = json.dumps(settings, allow_nan=False)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix.lower())
-    os.close(handle)
-    temporary = Path(name)
+@dataclass(frozen=True)
+class Clip:
+    """Float frames [F, H, W, 3] in [0, 1], and the settings that go into the file's metadata as JSON."""
+
+    frames: np.ndarray
+    settings: dict[str, Any]
+
+
+def write_clips(clips: dict[Path, Clip], fps: int) -> None:
+    """Write all of them whole, or none: to temporary files beside them first, which are then renamed."""
+    temporaries: dict[Path, Path] = {}
+    path = Path()
     try:
-        _WRITERS[path.suffix.lower()](temporary, pixels, fps, comment)
-        temporary.chmod(0o666 & ~_umask())
-        os.replace(temporary, path)
+        for path, clip in clips.items():
+            pixels = (clip.frames.clip(0, 1) * 255).round().astype(np.uint8)
+            comment = json.dumps(clip.settings, allow_nan=False)
+            handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix.lower())
+            os.close(handle)
+            temporaries[path] = Path(name)
+            _WRITERS[path.suffix.lower()](temporaries[path], pixels, fps, comment)
+            temporaries[path].chmod(0o666 & ~_umask())
+        for path, temporary in temporaries.items():
+            os.replace(temporary, path)
     except OSError as error:
         raise OutputError(f"{str(path)!r} cannot be written: {error.strerror or error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        for temporary in temporaries.values():
+            temporary.unlink(missing_ok=True)
 
 
 def read_clip(path: Path) -> np.ndarray:
@@ -62,8 +85,11 @@ def read_clip(path: Path) -> np.ndarray:
             pixels = iio.imread(path, plugin="FFMPEG")
         else:
             pixels = iio.imread(path, plugin="pillow", mode="RGB")
-    except (OSError, ValueError, RuntimeError) as error:
-        raise OutputError(f"{str(path)!r} cannot be read as a clip: {str(error).splitlines()[0]}") from error
+            if path.suffix.lower() == ".gif":
+                pixels = np.repeat(np.atleast_3d(pixels).reshape(-1, *pixels.shape[-3:]), _repeats(path), axis=0)
+    except (OSError, ValueError, RuntimeError, IndexError, EOFError) as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise OutputError(f"{str(path)!r} cannot be read as a clip: {reason}") from error
     return np.atleast_3d(pixels).reshape(-1, *pixels.shape[-3:]) / 255
 
 
@@ -81,6 +107,21 @@ def read_settings(path: Path) -> dict[str, Any]:
         raise OutputError(f"{str(path)!r} carries no settings of pointillist") from None
 
 
+def _repeats(path: Path) -> list[int]:
+    """How often each image of a GIF was shown: equal frames in a row are one image with a longer duration."""
+    from PIL import Image, ImageSequence
+
+    with Image.open(path) as image:
+        comment = image.info.get("comment", b"")
+        durations = [frame.info.get("duration", 0) for frame in ImageSequence.Iterator(image)]
+    try:
+        frames = int(json.loads(comment)["frames"])
+    except (ValueError, KeyError, TypeError):
+        return [1] * len(durations)  # not a file of ours
+    ends = np.cumsum([0, *durations]) * frames / max(sum(durations), 1)
+    return np.diff(ends.round().astype(int)).tolist()
+
+
 def _write_mp4(path: Path, pixels: np.ndarray, fps: int, comment: str) -> None:
     try:
         iio.imwrite(
@@ -96,7 +137,9 @@ def _write_mp4(path: Path, pixels: np.ndarray, fps: int, comment: str) -> None:
 
 
 def _write_gif(path: Path, pixels: np.ndarray, fps: int, comment: str) -> None:
-    options: dict[str, Any] = {"duration": 1000 / fps, "loop": 0, "comment": comment.encode()}
+    ends = (np.arange(len(pixels) + 1) * 100 / fps).round()  # a GIF counts hundredths of a second
+    durations = (np.diff(ends) * 10).astype(int).tolist()
+    options: dict[str, Any] = {"duration": durations, "loop": 0, "comment": comment.encode()}
     path.write_bytes(iio.imwrite("<bytes>", pixels, plugin="pillow", extension=".gif", **options))
 
 

@@ -1,13 +1,15 @@
 """Accelerating a real, tiny Wan pipeline: exactness, restoration, state, refusal."""
 
+import functools
 import inspect
 
 import pytest
 import torch
-from diffusers import FirstBlockCacheConfig
+from diffusers import FirstBlockCacheConfig, FlowMatchEulerDiscreteScheduler
 
 from conftest import make_pipe, make_transformer
 from pointillist import AccelerateError, Plan, PlanError, accelerate
+from pointillist.accel.run_state import RunState
 from pointillist.accel.tiles import tiling_of, whole_video
 from pointillist.kernels import pool_blocks
 
@@ -47,9 +49,9 @@ def masked_attention_processor(block: int, density: float):
             def sdpa(query, key, value, **kwargs):
                 tiles = tiling_of(self.grid, whole_video(self.grid), block, torch.device("cpu"))
                 order, inverse = tiles.order, tiles.order.argsort()
-                mean_q, sizes = pool_blocks(query[:, :, order], tiles.bounds)
+                mean_q, _ = pool_blocks(query[:, :, order], tiles.bounds)
                 mean_k, _ = pool_blocks(key[:, :, order], tiles.bounds)
-                scores = mean_q @ mean_k.transpose(-1, -2) * query.shape[-1] ** -0.5 + sizes[..., None, :].log()
+                scores = mean_q @ mean_k.transpose(-1, -2) * query.shape[-1] ** -0.5
                 keep = max(1, round(density * tiles.tiles))
                 kept = torch.zeros_like(scores, dtype=torch.bool)
                 for b, h, i in torch.cartesian_prod(*(torch.arange(n) for n in scores.shape[:3])).tolist():
@@ -136,6 +138,49 @@ def test_schedulers_keep_their_signature(pipe):
     before = inspect.signature(pipe.scheduler.step), inspect.signature(pipe.scheduler.set_timesteps)
     with accelerate(pipe, "none"):
         assert (inspect.signature(pipe.scheduler.step), inspect.signature(pipe.scheduler.set_timesteps)) == before
+
+
+def test_handles_of_one_scheduler_are_restored_in_any_order(run):
+    first = make_pipe()
+    second = make_pipe(scheduler=first.scheduler)
+    run(first)
+    untouched = set(vars(first.scheduler))
+    a, b = accelerate(first, "none"), accelerate(second, "none")
+    a.restore()
+    run(second)
+    assert b.report().steps["dense"] == 4 and a.report().steps["dense"] == 0
+    b.restore()
+    assert set(vars(first.scheduler)) == untouched
+
+
+def test_a_method_that_the_user_has_set_since_survives(pipe, run):
+    handle = accelerate(pipe, "none")
+    below, calls = pipe.scheduler.step, []
+
+    @functools.wraps(below)
+    def mine(*args, **kwargs):
+        calls.append(1)
+        return below(*args, **kwargs)
+
+    pipe.scheduler.step = mine
+    handle.restore()
+    run(pipe)
+    assert pipe.scheduler.step is mine and len(calls) == 4 and handle.report().steps["dense"] == 0
+
+
+@pytest.mark.parametrize("cast", [lambda t: t, lambda t: t.to(torch.bfloat16), lambda t: t.expand(1, 48).clone()])
+def test_the_step_is_read_off_the_timestep(cast):
+    """As a view of the scheduler's list, rounded to bfloat16, and per token."""
+    scheduler, state = FlowMatchEulerDiscreteScheduler(shift=3.0), RunState()
+    scheduler.set_timesteps(7)
+    state.begin_generation(scheduler)
+    for step, timestep in enumerate(scheduler.timesteps):
+        with state.context("cond"):
+            state.enter("transformer", cast(timestep.expand(1)), (3, 4, 4))
+        assert (state.step, state.branch, state.expert) == (step, "cond", "transformer")
+        state.leave()
+    state.enter("transformer", torch.tensor([5000.0]), (3, 4, 4))
+    assert state.step is None
 
 
 def test_save_after_restore(pipe, run, tmp_path):

@@ -2,13 +2,15 @@
 
 import math
 
+import imageio.v3 as iio
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pointillist.accel.layouts import layout_of
 from pointillist.accel.patterns import PATTERNS
-from pointillist.accel.tiles import tiling_of, whole_video
+from pointillist.accel.tiles import Segment, tiling_of, whole_video
 
 grids = st.tuples(st.integers(1, 13), st.integers(1, 24), st.integers(1, 24))
 CPU = torch.device("cpu")
@@ -35,11 +37,30 @@ def test_tiles_partition_the_grid(grid, block):
 def test_density_is_realised(grid, density, name):
     tiling = tiling_of(grid, whole_video(grid), 64, CPU)
     pattern = PATTERNS[name].at_density(density, grid, whole_video(grid), 64)
-    assert abs(pattern.keep / tiling.tiles - density) <= max(0.03, 1 / tiling.tiles)
-    q = torch.randn(2, tiling.tokens, 3, 8)
-    scores = pattern.scores(q, q, tiling, 1.0)
+    q, k = torch.randn(2, tiling.tokens, 3, 8), torch.randn(2, tiling.tokens, 3, 8)
+    layout, realised = layout_of((pattern,), q, k, tiling, 0.35)
+    assert abs(float(realised) - density) <= max(0.03, tiling.largest / tiling.tokens)
+    assert float(realised) == pytest.approx(layout.density(), abs=1e-6)
+    scores = pattern.scores(q, k, tiling, 1.0)
     assert scores.shape[-2:] == (tiling.tiles, tiling.tiles)
     assert (scores.argmax(-1) == torch.arange(tiling.tiles)).all()  # a tile ranks itself first
+
+
+def test_segments_beside_the_video_are_exact():
+    """Text before and after the video: their tokens see everything and are seen by everything."""
+    grid, block = (3, 5, 6), 16
+    segments = (Segment("text", 0, 21), Segment("video", 21, 90), Segment("condition", 111, 7))
+    tiling = tiling_of(grid, segments, block, CPU)
+    assert torch.equal(tiling.order.sort().values, torch.arange(118))
+    q, k = torch.randn(2, 118, 3, 8), torch.randn(2, 118, 3, 8)
+    mixed = tuple(PATTERNS["pooled"](keep=keep) for keep in (1, 2, 3))
+    kept = layout_of(mixed, q, k, tiling, 0.35)[0].token_mask(2, 3)
+    video = torch.zeros(118, dtype=torch.bool)
+    video[21:111] = True
+    assert kept[:, :, ~video].all() and kept[:, :, :, ~video].all()
+    assert not kept[:, :, video][..., video].all()
+    alone = layout_of(mixed, q[:, video], k[:, video], tiling_of(grid, whole_video(grid), block, CPU), 0.35)[0]
+    assert torch.equal(kept[:, :, video][..., video], alone.token_mask(2, 3))
 
 
 def test_pooled_finds_the_block_that_holds_the_mass():
@@ -56,5 +77,7 @@ def test_every_pattern_draws_itself(name, tmp_path):
     import subprocess
     import sys
 
-    command = [sys.executable, "-m", f"pointillist.accel.patterns.{name}", "--help"]
-    assert "Draw" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    command = [sys.executable, "-m", f"pointillist.accel.patterns.{name}", "--grid", "3", "8", "8", "--block", "16"]
+    subprocess.run([*command, "--output", str(tmp_path / "drawn.png")], capture_output=True, check=True)
+    drawn = iio.imread(tmp_path / "drawn.png")
+    assert drawn.any() and (drawn.mean() == 255) == (name == "dense")

@@ -1,12 +1,14 @@
 """Plan files: what is written is read; anything else is a PlanError."""
 
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pointillist import Plan, PlanError
+from pointillist.accel import plans
 from pointillist.accel.choose_plan import shipped_plans
 from pointillist.accel.models import wan
 from pointillist.accel.plan import Rule
@@ -37,6 +39,8 @@ def test_round_trip(tmp_path):
         ({"table": [[{"pattern": "magic", "density": 0.5}]]}, "'magic' is unknown; allowed are dense"),
         ({"table": [[{"pattern": "pooled", "density": 1.5}]]}, "1.5"),
         ({"table": [[{"pattern": "pooled", "density": True}]]}, "True"),
+        ({"table": [[{"pattern": "pooled", "density": 10**400}]]}, "density"),
+        ({"measured": {"psnr": 10**400}}, "numbers"),
         ({"table": []}, "rows"),
         ({"table": 3}, "wrong kind"),
         ({"tail": "rescaled"}, "not built yet"),
@@ -74,6 +78,8 @@ def test_the_embedded_models_plan_is_shipped_for_its_architecture():
     from train_embedded.transformer import build_transformer
 
     assert wan.fingerprint(build_transformer()) in {plan.model for plan in shipped_plans()}
+    for path in Path(plans.__file__).parent.glob("*.json"):
+        assert Plan.load(path) in shipped_plans()
 
 
 def test_schedule_carries_over_to_any_step_count():

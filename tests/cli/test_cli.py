@@ -54,10 +54,46 @@ def test_exact_speed_is_dense_and_repeatable(tiny_folder, tmp_path, capsys):
     assert answer(capsys)["identical"] is True
 
 
-@pytest.mark.parametrize("speed", ["quality", "balanced", "fast"])
-def test_every_speed_runs(tiny_folder, tmp_path, capsys, speed):
-    output = str(tmp_path / "a.png")
-    assert cli(["generate", "a", "--model", str(tiny_folder), "--output", output, *SMALL, "--speed", speed]) == 0
+def test_every_speed_has_its_density(tiny_folder, tmp_path, capsys):
+    densities = []
+    for speed in ("fast", "balanced", "quality"):
+        arguments = ["generate", "a", "--model", str(tiny_folder), "--output", str(tmp_path / "a.png"), "--json"]
+        assert cli([*arguments, *SMALL, "--frames", "37", "--speed", speed]) == 0
+        facts = answer(capsys)
+        assert facts["steps_run"]["sparse"] == 3 and not facts["fallbacks"] and facts["request"]["speed"] == speed
+        densities.append(facts["density"])
+    assert densities == sorted(set(densities)) and densities[0] < 0.2 < densities[2]
+
+
+def test_settings_in_the_files_are_those_of_each_clip(tiny_folder, tmp_path, capsys):
+    output = tmp_path / "a.gif"
+    arguments = ["generate", "a", "--model", str(tiny_folder), "--output", str(output), *SMALL, "--shift", "7"]
+    assert cli([*arguments, "--compare", "--json", "--pattern", "pooled"]) == 0
+    facts = answer(capsys)
+    assert read_settings(output) == facts
+    assert facts["request"]["shift"] == 7 and facts["request"]["pattern"] == "pooled"
+    dense = read_settings(tmp_path / "a_dense.gif")
+    assert dense["seconds"] == facts["dense_seconds"] and dense["density"] is None and dense["plan"] == "none"
+
+
+def test_what_is_not_finite_is_no_clip(tiny_folder, tmp_path, capsys, monkeypatch):
+    from diffusers import AutoencoderKLWan
+
+    decode = AutoencoderKLWan.decode
+    monkeypatch.setattr(AutoencoderKLWan, "decode", lambda *a, **k: [decode(*a, **k)[0] * float("nan")])
+    arguments = ["generate", "a", "--model", str(tiny_folder), "--output", str(tmp_path / "a.gif"), *SMALL]
+    assert cli(arguments) == 1
+    assert "not finite" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("index", ["{}", "[]", '{"_class_name": "NoSuchPipeline"}', "not json"])
+def test_broken_model_folders_are_told(tmp_path, capsys, index):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model_index.json").write_text(index)
+    output = tmp_path / "a.gif"
+    assert cli(["generate", "a", "--model", str(tmp_path / "model"), "--output", str(output)]) == 1
+    captured = capsys.readouterr()
+    assert "cannot be loaded" in captured.err and "should not" not in captured.err and not output.exists()
 
 
 @pytest.mark.parametrize(
@@ -74,7 +110,12 @@ def test_every_speed_runs(tiny_folder, tmp_path, capsys, speed):
         (["generate", "a", "--model", "nowhere"], 1, "there is no model 'nowhere'; allowed are \"embedded\""),
         (["generate", "a", "--model", "someone/absent"], 1, "add --download"),
         (["generate", "a", "--plan", "missing.safetensors"], 1, "missing.safetensors"),
-        (["generate", "a", "--output", "clip.avi"], 1, "must end in one of"),
+        (["generate", "a", "--output", "clip.avi"], 2, "must end in one of"),
+        (["generate", "a", "--pattern", "magic"], 2, "'magic' is unknown; allowed are dense"),
+        (["generate", "a", "--pattern", "pooled", "--density", "1.5"], 2, "above 0 and at most 1"),
+        (["generate", "a", "--pattern", "pooled", "--tail", "rescaled"], 2, "use 'pooled' or 'none'"),
+        (["generate", "a", "--device", "gpu"], 1, "'gpu' is unknown; allowed are cpu"),
+        (["generate", "a", "--device", "meta"], 1, "'meta' is not available here"),
         (["compare", "a.mp4", "b.mp4"], 1, "there is no file 'a.mp4'"),
         (["plan", "validate", "missing"], 1, "missing"),
     ],
@@ -99,7 +140,7 @@ def test_interruption(tiny_folder, tmp_path, capsys, monkeypatch):
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pointillist.pipelines.generate.write_clip", stop)
+    monkeypatch.setattr("pointillist.pipelines.generate.write_clips", stop)
     arguments = ["generate", "a", "--model", str(tiny_folder), "--output", str(tmp_path / "a.mp4"), *SMALL]
     assert cli(arguments) == 130
     assert "interrupted" in capsys.readouterr().err and not list(tmp_path.iterdir())

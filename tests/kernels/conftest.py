@@ -1,5 +1,6 @@
 """Triton's interpreter for this folder: it must be switched on before a kernel module is imported."""
 
+import importlib.util
 import os
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -12,7 +13,10 @@ import pytest
 @pytest.fixture(scope="session", autouse=True)
 def bfloat16_dot():
     """The interpreter keeps bfloat16 as bit patterns and multiplies those; give it a product that widens first."""
-    tl = pytest.importorskip("triton.language")
+    if importlib.util.find_spec("triton") is None:  # then the tests of that backend say so themselves
+        yield
+        return
+    import triton.language as tl
     from triton.runtime import interpreter
 
     plain = interpreter.InterpreterBuilder.create_dot

@@ -27,19 +27,27 @@ def random_mask(batch, heads, rows, columns, density=0.4):
     return torch.rand(batch, heads, rows, columns) < density
 
 
+def dense_attention(q, k, v, mask, scale):
+    """As tensor cores do it: scores summed in float32, probabilities rounded to the inputs' dtype."""
+    scores = (q.float() @ k.float().transpose(-1, -2) * scale).masked_fill(~mask, float("-inf"))
+    return scores.softmax(-1).to(v.dtype) @ v
+
+
 def assert_within_rule(actual, q, k, v, layout, scale=None):
-    """Error against float64 at most twice that of the same-dtype definition."""
+    """Error against float64 at most twice that of dense attention in the same dtype under the same mask."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     exact, exact_lse = definition.block_sparse_attention(q.double(), k.double(), v.double(), layout, scale)
-    plain, plain_lse = definition.block_sparse_attention(q, k, v, layout, scale)
+    mask = layout.token_mask(*q.shape[:2])
+    plain = dense_attention(q, k, v, mask, scale)
     out, lse = actual
     assert out.dtype == q.dtype and lse.dtype == torch.float32
-    allowed = 2 * (plain.double() - exact).abs().max() + 1e-6
-    assert (out.double() - exact).abs().max() <= allowed
     seen = exact_lse.isfinite()
     assert torch.equal(lse.isfinite(), seen)
-    allowed_lse = 2 * (plain_lse.double() - exact_lse)[seen].abs().max() + 1e-5
-    assert (lse.double() - exact_lse)[seen].abs().max() <= allowed_lse
+    rounded = exact.to(q.dtype)
+    slack = 2 * (rounded + 0.3 - 0.3 - rounded).abs().max()  # as FlashAttention's tests have it: rounding of the result
+    allowed = 2 * (plain.double() - exact)[seen].abs().max() + slack
+    assert (out.double() - exact)[seen].abs().max() <= allowed
+    assert (lse.double() - exact_lse)[seen].abs().max() <= 1e-4
     assert (out[~seen] == 0).all()
 
 
@@ -63,6 +71,32 @@ def test_error_within_flash_attentions_rule(backend, dtype, shape):
     mask[-1, -1, -1] = True
     layout = BlockLayout.from_mask(mask, block_q, block_k, q_len, k_len)
     assert_within_rule(block_sparse_attention(q, k, v, layout, return_lse=True, backend=backend), q, k, v, layout)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_any_strides(backend):
+    q, k, v = (torch.randn(1, 2, 64, 70).transpose(2, 3) for _ in range(3))
+    layout = BlockLayout.from_mask(random_mask(1, 2, 3, 3, 0.6), 32, 32, 70, 70)
+    assert_within_rule(block_sparse_attention(q, k, v, layout, return_lse=True, backend=backend), q, k, v, layout)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_outputs_are_written_everywhere(backend, monkeypatch):
+    """Memory that is handed out full of NaN shows through wherever a backend forgets a place."""
+    empty = torch.empty
+
+    def poisoned(*args, **kwargs):
+        memory = empty(*args, **kwargs)
+        return memory.fill_(float("nan")) if memory.is_floating_point() else memory
+
+    q, k, v = draw(1, 2, 70, 50, 32, torch.float32)
+    mask = random_mask(1, 2, 5, 4)
+    mask[0, 1, 2] = False
+    layout = BlockLayout.from_mask(mask, 16, 16, 70, 50, query_order=torch.randperm(70)[None, None])
+    monkeypatch.setattr(torch, "empty", poisoned)
+    actual = block_sparse_attention(q, k, v, layout, return_lse=True, backend=backend)
+    monkeypatch.undo()
+    assert_within_rule(actual, q, k, v, layout)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -60,6 +60,60 @@ def test_tail_equals_one_softmax_over_tokens_and_means(backend, ordered):
     torch.testing.assert_close(actual.double(), expected, atol=2e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+def test_tail_counts_the_valid_keys_of_every_head(backend):
+    """Orders differ between heads, so a block holds more padding in one head than in another."""
+    q, k, v = (torch.randn(2, 3, 48, 16) for _ in range(3))
+    lengths, orders = torch.tensor([48, 29]), torch.stack([torch.randperm(48) for _ in range(6)]).view(2, 3, 48)
+    mask = torch.rand(2, 3, 3, 3) < 0.4
+    layout = BlockLayout.from_mask(mask, 16, 16, 48, 48, key_order=orders, key_lengths=lengths)
+    actual = attention_with_pooled_tail(q, k, v, layout, backend=backend)
+    for b in range(2):
+        for h in range(3):
+            order = orders[b, h]
+            blocks = [order[i : i + 16][order[i : i + 16] < lengths[b]] for i in (0, 16, 32)]
+            for i in range(3):
+                keys, values, bias = [], [], []
+                for j, tokens in enumerate(blocks):
+                    if mask[b, h, i, j]:
+                        keys += [k[b, h, tokens]]
+                        values += [v[b, h, tokens]]
+                        bias += [torch.zeros(len(tokens))]
+                    elif len(tokens):
+                        keys += [k[b, h, tokens].mean(0, keepdim=True)]
+                        values += [v[b, h, tokens].mean(0, keepdim=True)]
+                        bias += [torch.tensor([float(len(tokens))]).log()]
+                scores = q[b, h, 16 * i : 16 * i + 16] @ torch.cat(keys).T / 4 + torch.cat(bias)
+                expected = scores.softmax(-1) @ torch.cat(values)
+                torch.testing.assert_close(actual[b, h, 16 * i : 16 * i + 16], expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_tail_in_half_precision(backend, dtype):
+    q, k, v = (torch.randn(1, 2, 75, 32).to(dtype) for _ in range(3))
+    layout = BlockLayout.from_mask(torch.rand(1, 2, 5, 5) < 0.4, 16, 16, 75, 75)
+    exact = attention_with_pooled_tail(q.double(), k.double(), v.double(), layout, backend="reference")
+    actual = attention_with_pooled_tail(q, k, v, layout, backend=backend)
+    whole = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    weights = (q.float() @ k.float().transpose(-1, -2) * 32**-0.5).softmax(-1).to(dtype)
+    rounding = ((weights @ v).double() - whole).abs().max()  # of dense attention in this dtype
+    rounded = exact.to(dtype)
+    slack = 2 * (rounded + 0.3 - 0.3 - rounded).abs().max()
+    assert actual.dtype == dtype
+    assert (actual.double() - exact).abs().max() <= 4 * rounding + slack  # the means and the merge are rounded too
+
+
+def test_pooled_attention_by_slices_is_the_same(monkeypatch):
+    q, means, values = torch.randn(2, 3, 50, 16), torch.randn(2, 3, 4, 16), torch.randn(2, 3, 4, 16)
+    counts, pairs = torch.rand(2, 3, 4) + 1, torch.rand(2, 3, 4, 4) < 0.7
+    pairs[..., 0] = True
+    arguments = dict(pairs=pairs, query_bounds=uniform_bounds(50, 16))
+    whole = pooled_attention(q, means, values, counts.log(), **arguments)
+    monkeypatch.setattr("pointillist.kernels.reference.SCORES_AT_ONCE", 200)
+    torch.testing.assert_close(pooled_attention(q, means, values, counts.log(), **arguments), whole)
+
+
 def test_merge_of_disjoint_halves_is_the_whole():
     q, k, v = torch.randn(1, 2, 30, 16), torch.randn(1, 2, 48, 16), torch.randn(1, 2, 48, 16)
     mask = torch.rand(1, 2, 2, 3) < 0.5
@@ -91,7 +145,7 @@ def test_a_mean_weighs_as_many_keys_as_it_stands_for():
         q,
         means,
         pool_blocks(v, uniform_bounds(12, 12))[0],
-        counts.log()[:, 0],
+        counts.log(),
         pairs=pairs,
         query_bounds=uniform_bounds(4, 4),
     )

@@ -37,7 +37,7 @@ def test_objects_stay_in_the_frame_and_have_their_color():
         clip = render(sample_scene(words, rng), 9, 64, 64)
         ground = clip[:, :, :1, :1]
         rim = torch.cat([clip[..., 0], clip[..., -1]], -1)
-        assert (rim == ground[..., 0]).all(), words
+        assert (rim - ground[..., 0]).abs().max() < 0.25, words  # at most an antialiased corner touches it
         assert (clip - torch.tensor(COLORS[words.color])[:, None, None, None]).abs().amax(0).min() < 1e-6
 
 

@@ -1,7 +1,8 @@
 """`pooled`: every query tile sees the key tiles with the highest pooled scores.
 
-The score of a tile of n keys is that of their mean, q̄·k̄/√D + ln n: the logarithm of the softmax mass that a
-pooled tail would give it. So what is kept is what the tail would have to carry (Jenga; Sol-Attn).
+The score of a tile is that of the mean of its keys, q̄·k̄/√D: the logarithm of the softmax mass for each token that
+it costs (Jenga; Sol-Attn). Ranking by the whole mass, with + ln n, would favour the larger tiles and so keep more
+than the density asks for.
 """
 
 from dataclasses import dataclass
@@ -23,10 +24,10 @@ class Pooled:
         return cls(tiles_kept(density, grid, block))
 
     def scores(self, q: torch.Tensor, k: torch.Tensor, tiling: Tiling, scale: float) -> torch.Tensor:
-        """Log masses [B, H, tiles, tiles] from q, k [B, S, H, D]; a tile ranks itself first."""
+        """Log masses per token [B, H, tiles, tiles] from q, k [B, S, H, D]; a tile ranks itself first."""
         tiles = tiling.tiles
         q_means, k_means = (block_means(x, tiling)[:, :, :tiles] for x in (q, k))
-        scores = q_means @ k_means.transpose(-1, -2) * scale + tiling.sizes[:tiles].log()
+        scores = q_means @ k_means.transpose(-1, -2) * scale
         scores.diagonal(dim1=-2, dim2=-1).fill_(float("inf"))
         return scores
 

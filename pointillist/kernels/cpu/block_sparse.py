@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from pointillist.kernels.layout import BlockLayout
+from pointillist.kernels.pooling import in_order
 
 QUERY_BLOCKS_PER_TASK = 4
 
@@ -24,7 +25,8 @@ def block_sparse_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `reference.block_sparse_attention`; lse is float32."""
     batch, heads, q_len, head_dim = q.shape
-    ordered = q if layout.query_order is None else _take(q, layout.query_order)
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # the operator takes no other
+    ordered = in_order(q, layout.query_order)
     out = torch.zeros(batch, heads, q_len, head_dim, dtype=q.dtype)
     lse = torch.full((batch, heads, q_len), float("-inf"))
     query_bounds, columns = layout.query_bounds.tolist(), layout.columns.tolist()
@@ -85,8 +87,7 @@ class _Keys:
 def _valid_keys(k: torch.Tensor, v: torch.Tensor, layout: BlockLayout) -> list[list[_Keys]]:
     batch, heads = k.shape[:2]
     bounds = layout.key_bounds.tolist()
-    if layout.key_order is not None:
-        k, v = _take(k, layout.key_order), _take(v, layout.key_order)
+    k, v = in_order(k, layout.key_order), in_order(v, layout.key_order)
     if layout.key_lengths is None:
         return [[_Keys(k[b, h], v[b, h], bounds) for h in range(heads)] for b in range(batch)]
     tokens = torch.arange(layout.k_len)[None, None] if layout.key_order is None else layout.key_order
@@ -96,13 +97,6 @@ def _valid_keys(k: torch.Tensor, v: torch.Tensor, layout: BlockLayout) -> list[l
         [_Keys(k[b, h][valid[b, h]], v[b, h][valid[b, h]], before[b, h].tolist()) for h in range(heads)]
         for b in range(batch)
     ]
-
-
-def _take(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """`x` [B, H, S, D] in block order."""
-    if order.shape[:2] == (1, 1):
-        return x.index_select(2, order[0, 0])
-    return x.gather(2, order.expand(*x.shape[:2], -1)[..., None].expand_as(x))
 
 
 def _gather(x: torch.Tensor, ranges: list[tuple[int, int]]) -> torch.Tensor:

@@ -18,7 +18,7 @@ LOG2_E = 1.4426950408889634
 @triton.jit
 def _forward(
     Q, K, V, OUT, LSE, INDPTR, COLUMNS, QUERY_BOUNDS, KEY_BOUNDS, QUERY_ORDER, KEY_ORDER, KEY_LENGTHS,
-    scale_log2, heads, q_len, k_len, query_blocks,
+    scale_log2, heads, q_len, k_len,
     stride_qb, stride_qh, stride_qs, stride_qd, stride_kb, stride_kh, stride_ks, stride_kd,
     stride_vb, stride_vh, stride_vs, stride_vd, stride_ob, stride_oh, stride_os, stride_od,
     stride_ib, stride_ih, stride_qob, stride_qoh, stride_kob, stride_koh,
@@ -133,7 +133,7 @@ def block_sparse_attention(
     _forward[grid](
         q, k, v, out, lse, indptr, layout.columns, layout.query_bounds, layout.key_bounds, query_order, key_order,
         q if layout.key_lengths is None else layout.key_lengths,
-        scale * LOG2_E, heads, q_len, k.shape[2], layout.query_blocks,
+        scale * LOG2_E, heads, q_len, k.shape[2],
         *q.stride(), *k.stride(), *v.stride(), *out.stride(), *indptr.stride()[:2],
         *query_order.stride()[:2], *key_order.stride()[:2],
         HEAD_DIM=head_dim, BLOCK_D=block_d, TILE_Q=tile, TILE_K=tile,

@@ -43,8 +43,8 @@ _GLUE = "a an the on in of and is with background grey it to"
 
 
 def words_of(text: str) -> list[str]:
-    """The lower-case words of `text`, without punctuation: what the tokenizer sees."""
-    return re.findall(r"[a-z]+", text.lower())
+    """The lower-case words of `text`, without punctuation."""
+    return re.findall(r"\w+", text.lower())
 
 
 KNOWN_WORDS: frozenset[str] = frozenset(
