@@ -36,7 +36,12 @@ def layout_of(
     exact = tiling.blocks - tiles
     pairs_per_head = tiles * (keeps + exact) + exact * tiling.blocks
     pairs = batch * int(pairs_per_head.expand(heads).sum())
-    return _layout(mask, pairs, tiling), _density(mask[:, :, :tiles, :tiles], tiling.sizes[:tiles])
+    order = tiling.order[None, None]
+    layout = BlockLayout.from_bounds(
+        mask, tiling.bounds, tiling.bounds, tiling.tokens, tiling.tokens,
+        max_query_block=tiling.largest, pairs=pairs, query_order=order, key_order=order,
+    )  # fmt: skip
+    return layout, _density(mask[:, :, :tiles, :tiles], tiling.sizes[:tiles])
 
 
 def _scores(
@@ -50,27 +55,6 @@ def _scores(
         heads = [head for head, other in enumerate(patterns) if other == pattern]
         scores[:, heads] = pattern.scores(q[:, :, heads], k[:, :, heads], tiling, scale).to(scores.dtype)
     return scores
-
-
-def _layout(mask: torch.Tensor, pairs: int, tiling: Tiling) -> BlockLayout:
-    """`BlockLayout.from_bounds` for a mask whose number of kept pairs is known beforehand."""
-    batch, heads, blocks, _ = mask.shape
-    starts = torch.zeros(batch * heads * blocks + 1, dtype=torch.int32, device=mask.device)
-    torch.cumsum(mask.sum(-1, dtype=torch.int32).flatten(), 0, dtype=torch.int32, out=starts[1:])
-    first = torch.arange(batch * heads, device=mask.device)[:, None] * blocks
-    rows = first + torch.arange(blocks + 1, device=mask.device)
-    order = tiling.order[None, None]
-    return BlockLayout(
-        q_len=tiling.tokens,
-        k_len=tiling.tokens,
-        query_bounds=tiling.bounds,
-        key_bounds=tiling.bounds,
-        indptr=starts[rows].view(batch, heads, blocks + 1),
-        columns=torch.nonzero_static(mask, size=pairs)[:, 3].to(torch.int32),
-        max_query_block=tiling.largest,
-        query_order=order,
-        key_order=order,
-    )
 
 
 def _density(mask: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:

@@ -74,11 +74,17 @@ class BlockLayout:
         k_len: int,
         *,
         max_query_block: int | None = None,
+        pairs: int | None = None,
         query_order: torch.Tensor | None = None,
         key_order: torch.Tensor | None = None,
         key_lengths: torch.Tensor | None = None,
     ) -> BlockLayout:
-        """Blocks of any sizes from their bounds and a bool mask [B|1, H|1, nq, nk]."""
+        """Blocks of any sizes from their bounds and a bool mask [B|1, H|1, nq, nk].
+
+        Args:
+            max_query_block: at least the size of the largest query block; `q_len` if not given.
+            pairs: how many pairs `mask` keeps, if that is known: then nothing waits for the device.
+        """
         expected = (query_bounds.numel() - 1, key_bounds.numel() - 1)
         if mask.dtype != torch.bool or mask.ndim != 4 or tuple(mask.shape[2:]) != expected:
             raise ValueError(
@@ -94,7 +100,8 @@ class BlockLayout:
         torch.cumsum(counts, 0, dtype=torch.int32, out=starts[1:])
         first = torch.arange(batch * heads, device=mask.device)[:, None] * rows
         indptr = starts[first + torch.arange(rows + 1, device=mask.device)].view(batch, heads, rows + 1)
-        columns = mask.nonzero()[:, 3].to(torch.int32)
+        kept = mask.nonzero() if pairs is None else torch.nonzero_static(mask, size=pairs)
+        columns = kept[:, 3].to(torch.int32)
         largest = q_len if max_query_block is None else max_query_block
         return cls(
             q_len,

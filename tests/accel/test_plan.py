@@ -11,7 +11,8 @@ from pointillist import Plan, PlanError
 from pointillist.accel import plans
 from pointillist.accel.choose_plan import shipped_plans
 from pointillist.accel.models import wan
-from pointillist.accel.plan import Rule
+from pointillist.accel.patterns import PATTERNS
+from pointillist.accel.plan import PATTERN_NAMES, Rule
 from pointillist.accel.schedule import Schedule
 
 PLAN = Plan(
@@ -80,6 +81,10 @@ def test_the_embedded_models_plan_is_shipped_for_its_architecture():
     assert wan.fingerprint(build_transformer()) in {plan.model for plan in shipped_plans()}
     for path in Path(plans.__file__).parent.glob("*.json"):
         assert Plan.load(path) in shipped_plans()
+
+
+def test_plans_know_every_pattern():
+    assert set(PATTERN_NAMES) == set(PATTERNS)
 
 
 def test_schedule_carries_over_to_any_step_count():
