@@ -1,6 +1,6 @@
 """The embedded model, dense and accelerated, on eight prompts with fixed seeds.
 
-    python benchmarks/embedded.py [--prompts 8 --size 176 --plan auto]
+    python benchmarks/embedded.py [--prompts 8 --size 128 --plan auto]
 
 Each prompt runs dense and accelerated right after each other in one process. Writes the result after every
 prompt; figures are medians, with the whole range beside them.

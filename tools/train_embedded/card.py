@@ -1,7 +1,7 @@
 """Write the model card: recipe, seeds, loss curve, evaluation, samples.
 
     PYTHONPATH=.:tools python -m train_embedded.card --vae runs/vae --transformer runs/dit \
-        --evaluations runs/evaluation64 runs/evaluation176 --out docs/embedded_model.md
+        --evaluations runs/evaluation64 runs/evaluation128 --out docs/embedded_model.md
 
 The pictures go to `images/` beside the card; the contact sheet is the last evaluation's.
 """
@@ -43,7 +43,7 @@ Words it does not know get a hint on stderr. It does not draw two objects, and i
 | transformer | `WanTransformer3DModel`: {layers} layers, {heads} heads × {head_dim}, patch 1×1×1, {dit:.2f} M |
 | autoencoder | `AutoencoderKLWan`: 8× in space, 4× in time, {latent} channels, {vae:.2f} M |
 | text | `UMT5EncoderModel`: 2 layers × {text_dim}, one token per word, {text:.2f} M |
-| default clip | 176 × 176 pixels, 33 frames: 9 × 22 × 22 = 4,356 tokens, 20 steps, guidance 3 |
+| default clip | 128 × 128 pixels, 33 frames: 9 × 16 × 16 = 2,304 tokens, 20 steps, guidance 3 |
 | small clip | 64 × 64 pixels, 33 frames: 9 × 8 × 8 = 576 tokens |
 
 ## How good it is
@@ -55,20 +55,24 @@ motion by the centroid's path, shape by its outline; it is right on every ground
 
 ## How it was trained
 Clips are rendered procedurally (`tools/train_embedded/scene.py`), the autoencoder is trained on crops and frozen,
-clips are encoded once, and the transformer learns the velocity of a rectified flow, coarse to fine. Seed {seed}
-throughout; batch n of a stage is a function of the seed and n alone. Muon trains the matrices (convolutions
-included), AdamW everything else; captions are dropped in 10 % of the clips, and the weights are averaged.
+clips are encoded once, and the transformer learns the velocity of a rectified flow, coarse to fine. The text encoder
+is trained first, on captions alone, until linear maps read all four attributes off every one of its states, and is
+then frozen. Seed {seed} throughout; batch n of a stage is a function of the seed and n alone. Muon trains the matrices
+(convolutions included), AdamW everything else; captions are dropped in 10 % of the clips, and the weights are averaged.
 
 {recipe}
+
+A stage names the folders of latents that it draws from, by the clips' side in pixels, and the numbers of latent frames
+per sample if not whole clips. {runs}
 
 ![Loss of the transformer over its steps](images/training_loss.png)
 
 To train on, on a CPU or a GPU, from the shipped weights:
 
     export PYTHONPATH=.:tools
-    python -m train_embedded.latents --vae pointillist/pipelines/embedded/model/vae --out runs/latents176 --size 176
+    python -m train_embedded.latents --vae pointillist/pipelines/embedded/model/vae --out runs/latents128 --size 128
     python -m train_embedded.transformer --run runs/dit --start pointillist/pipelines/embedded/model \\
-        --latents runs/latents176 --steps 3000 --batch 2 --rate 5e-4 --final-rate 5e-5
+        --latents runs/latents128 --steps 3000 --batch 4 --rate 5e-4 --final-rate 5e-5
 
 Every tool resumes where it stopped; `tools/train_embedded/README.md` has the whole way.
 """
@@ -94,14 +98,30 @@ def stages_of(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(stages.values())
 
 
-def recipe_table(vae: Path, transformer: Path) -> str:
+def recipe_table(vae: Path, transformers: list[Path]) -> str:
     """A Markdown table of all stages."""
-    rows = ["| stage | steps | loss at its end | minutes on 2 cores |", "|---|---|---|---|"]
-    for stage in stages_of(read_log(vae)) + stages_of(read_log(transformer)):
-        name = stage["name"].split("→")[0].replace("latents", "transformer on clips of side ")
-        steps = f"{stage['first']}–{stage['last']}"
-        rows.append(f"| {name} | {steps} | {stage['loss']:.3f} | {stage['seconds'] / 60:.0f} |")
+    rows = ["| | stage | to step | loss at its end | minutes on 2 cores |", "|---|---|---|---|---|"]
+    for part, run in [("autoencoder", vae), *((f"transformer, run {i + 1}", r) for i, r in enumerate(transformers))]:
+        for stage in stages_of(read_log(run)):
+            name = "" if run == vae else short_name(stage)
+            rows.append(f"| {part} | {name} | {stage['last']} | {stage['loss']:.3f} | {stage['seconds'] / 60:.0f} |")
     return "\n".join(rows)
+
+
+def short_name(stage: dict[str, Any]) -> str:
+    """The stage without its last step and without words that all stages share."""
+    return stage["name"].split("→")[0].replace("latents", "").replace(",", ", ").replace("in windows", "windows")
+
+
+def told_runs(count: int) -> str:
+    """How several runs follow each other."""
+    if count == 1:
+        return ""
+    return (
+        "Each run started from the weights of the one before it, with the text encoder, the text embedder and "
+        "cross-attention drawn anew; the first ones trained the text encoder together with the transformer, which "
+        "taught it the words too slowly, so that only what they had learned of pictures was kept."
+    )
 
 
 def evaluation_table(results: list[dict[str, Any]]) -> str:
@@ -117,15 +137,18 @@ def evaluation_table(results: list[dict[str, Any]]) -> str:
     return "\n".join(rows)
 
 
-def draw_loss(log: list[dict[str, Any]], path: Path) -> None:
-    """One line per stage, on a logarithmic scale."""
-    figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
-    for stage in stages_of(log):
-        points = [(line["step"], line["loss"]) for line in log if line["stage"] == stage["name"]]
-        axes.plot(*zip(*points, strict=True), label=stage["name"].split("→")[0].replace("latents", "side "))
+def draw_loss(logs: list[list[dict[str, Any]]], path: Path) -> None:
+    """One line per stage, run after run, on a logarithmic scale."""
+    figure, axes = plt.subplots(figsize=(9, 4), layout="constrained")
+    before = 0
+    for run, log in enumerate(logs):
+        for stage in stages_of(log):
+            points = [(before + line["step"], line["loss"]) for line in log if line["stage"] == stage["name"]]
+            axes.plot(*zip(*points, strict=True), label=f"run {run + 1}: {short_name(stage)}")
+        before += log[-1]["step"]
     axes.set(xlabel="step", ylabel="velocity loss (mean of 20 steps)", yscale="log")
     axes.grid(alpha=0.3, which="both")
-    axes.legend()
+    axes.legend(fontsize=7, ncols=2)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -134,7 +157,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("pointillist/pipelines/embedded/model"))
     parser.add_argument("--vae", type=Path, required=True)
-    parser.add_argument("--transformer", type=Path, required=True)
+    parser.add_argument("--transformer", type=Path, nargs="+", required=True, help="runs, in their order")
     parser.add_argument("--evaluations", type=Path, nargs="+", required=True)
     parser.add_argument("--out", type=Path, default=Path("docs/embedded_model.md"))
     args = parser.parse_args()
@@ -147,7 +170,7 @@ def main() -> None:
     config = pipe.transformer.config
     images = args.out.parent / "images"
     images.mkdir(parents=True, exist_ok=True)
-    draw_loss(read_log(args.transformer), images / "training_loss.png")
+    draw_loss([read_log(run) for run in args.transformer], images / "training_loss.png")
     shutil.copyfile(args.evaluations[-1] / "contact_sheet.png", images / "contact_sheet.png")
     args.out.write_text(
         CARD.format(
@@ -156,8 +179,8 @@ def main() -> None:
             dit=sizes["transformer"], latent=config.in_channels, vae=sizes["vae"],
             text_dim=config.text_dim, text=sizes["text_encoder"],
             evaluation=evaluation_table([json.loads((e / "results.json").read_text()) for e in args.evaluations]),
-            seed=load_checkpoint(args.transformer / "last.safetensors")[1]["seed"],
-            recipe=recipe_table(args.vae, args.transformer),
+            seed=load_checkpoint(args.transformer[-1] / "last.safetensors")[1]["seed"],
+            recipe=recipe_table(args.vae, args.transformer), runs=told_runs(len(args.transformer)),
         )
     )  # fmt: skip
     print(args.out)
