@@ -10,6 +10,7 @@ from pointillist.pipelines.embedded.vocabulary import COLORS, unknown_words
 from train_embedded.checkpoint import load_checkpoint
 from train_embedded.judge import judge
 from train_embedded.scene import all_words, free_caption, render, sample_scene, split_words
+from train_embedded.text import build_text_encoder, build_tokenizer, teach_words
 
 
 @pytest.mark.parametrize("size", [64, 128])
@@ -54,9 +55,23 @@ def test_training_resumes_where_it_stopped(tmp_path, monkeypatch):
     vae.train(tmp_path / "vae", steps=2, batch=1, rate=1e-3, device="cpu", seed=0)
     monkeypatch.setattr(latents, "CLIPS_PER_SHARD", 4)
     latents.write_shard(vae.load_vae(tmp_path / "vae"), tmp_path / "latents/0.safetensors", 64, 0, "cpu")
-    options = dict(latents=[tmp_path / "latents"], batch=[2], rate=1e-3, final_rate=1e-4, device="cpu", seed=0)
-    transformer.train(tmp_path / "whole", steps=4, **options)
-    transformer.train(tmp_path / "parts", steps=2, **options)
-    transformer.train(tmp_path / "parts", steps=4, **options)
-    whole, parts = (load_checkpoint(tmp_path / name / "last.safetensors")[1] for name in ("whole", "parts"))
-    assert whole["step"] == parts["step"] == 4
+    monkeypatch.setattr(transformer, "teach_words", lambda *args, **kwargs: 0.0)
+    options = dict(latents=[tmp_path / "latents"], batch=[2], device="cpu", seed=0)
+    transformer.train(tmp_path / "run", steps=2, rate=1e-3, final_rate=1e-4, **options)
+    before, _ = load_checkpoint(tmp_path / "run" / "last.safetensors")
+    transformer.train(tmp_path / "run", steps=4, rate=0, final_rate=0, **options)  # goes on, and changes nothing
+    after, facts = load_checkpoint(tmp_path / "run" / "last.safetensors")
+    assert facts["step"] == 4 and facts["begun"] == 2
+    assert all(torch.equal(after["weights"][name], before["weights"][name]) for name in before["weights"])
+    transformer.train(tmp_path / "run", steps=6, rate=1e-3, final_rate=1e-3, **options)
+    moved, _ = load_checkpoint(tmp_path / "run" / "last.safetensors")
+    text, rest = "text_encoder.", "transformer.blocks.0.ffn.net.2.weight"
+    assert all(torch.equal(moved["weights"][n], before["weights"][n]) for n in before["weights"] if n.startswith(text))
+    assert not torch.equal(moved["weights"][rest], before["weights"][rest])
+
+
+def test_the_text_encoder_learns_to_state_the_scene():
+    tokenizer = build_tokenizer()
+    encoder = build_text_encoder(len(tokenizer))
+    assert teach_words(tokenizer, encoder, steps=150) > 0.9
+    assert not any(parameter.requires_grad for parameter in encoder.parameters())
