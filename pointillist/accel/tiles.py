@@ -61,17 +61,20 @@ def whole_video(grid: Grid) -> tuple[Segment, ...]:
 def tile_counts(grid: Grid, block: int) -> Grid:
     """Into how many parts to cut each axis: tiles of at most `block` tokens with the least total surface.
 
-    Small surface means few tiles and near-cubic ones.
+    Small surface means few tiles and near-cubic ones. It is weighted by how much the largest tile exceeds the mean
+    one: equal tiles are computed in batches.
     """
-    best, best_surface = grid, math.inf
+    best, best_cost = grid, math.inf
     for t in range(1, min(grid[0], block) + 1):
         for h in range(1, min(grid[1], block // t) + 1):
             for w in range(1, min(grid[2], block // (t * h)) + 1):
                 counts = (-(-grid[0] // t), -(-grid[1] // h), -(-grid[2] // w))
                 a, b, c = (length / count for length, count in zip(grid, counts, strict=True))
                 surface = math.prod(counts) * (a * b + b * c + c * a)
-                if surface < best_surface:
-                    best, best_surface = counts, surface
+                largest = math.prod(-(-length // count) for length, count in zip(grid, counts, strict=True))
+                cost = surface * largest / (a * b * c)
+                if cost < best_cost:
+                    best, best_cost = counts, cost
     return best
 
 

@@ -84,7 +84,7 @@ def defaults(pipe: Any) -> dict[str, Any]:
             "width": 128,
             "num_frames": 33,
             "num_inference_steps": 20,
-            "guidance_scale": 3.0,
+            "guidance_scale": 5.0,
         }
     return {"height": 480, "width": 832, "num_frames": 81, "num_inference_steps": 50, "guidance_scale": 5.0}
 

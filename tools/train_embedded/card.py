@@ -43,13 +43,13 @@ Words it does not know get a hint on stderr. It does not draw two objects, and i
 | transformer | `WanTransformer3DModel`: {layers} layers, {heads} heads × {head_dim}, patch 1×1×1, {dit:.2f} M |
 | autoencoder | `AutoencoderKLWan`: 8× in space, 4× in time, {latent} channels, {vae:.2f} M |
 | text | `UMT5EncoderModel`: 2 layers × {text_dim}, one token per word, {text:.2f} M |
-| default clip | 128 × 128 pixels, 33 frames: 9 × 16 × 16 = 2,304 tokens, 20 steps, guidance 3 |
+| default clip | 128 × 128 pixels, 33 frames: 9 × 16 × 16 = 2,304 tokens, 20 steps, guidance 5 |
 | small clip | 64 × 64 pixels, 33 frames: 9 × 8 × 8 = 576 tokens |
 
 ## How good it is
 Clips from held-out prompts, judged by plain image analysis (`tools/train_embedded/judge.py`: colours by medians,
 motion by the centroid's path, shape by its outline; it is right on every ground-truth rendering). Dense attention,
-20 steps, guidance 3.
+20 steps, guidance 5.
 
 {evaluation}
 

@@ -2,11 +2,12 @@
 
     PYTHONPATH=.:tools python -m train_embedded.evaluate --prompts 64 --size 64 --output runs/evaluation64
 
-Writes `results.json` after every clip, so that an interrupted evaluation goes on where it stopped, and
-`contact_sheet.png` with the first 16 clips, five frames of each.
+Writes `results.json` and a strip of five frames after every clip, so that an interrupted evaluation goes on where it
+stopped, and `contact_sheet.png` with the first 16 strips.
 """
 
 import argparse
+import hashlib
 import json
 import time
 from dataclasses import asdict
@@ -43,11 +44,26 @@ def summarise(clips: list[dict]) -> dict[str, float]:
     return {**shares, "all": sum(all(row) for row in zip(*right.values(), strict=True)) / len(clips)}
 
 
-def contact_sheet(strips: list[np.ndarray]) -> np.ndarray:
+def contact_sheet(strips: list[Path]) -> np.ndarray:
     """Two columns of strips, each five frames side by side: uint8 [H, W, 3]."""
-    rows = [np.concatenate([np.pad(s, ((2, 2), (2, 6), (0, 0)), constant_values=1) for s in strips[i : i + 2]], axis=1)
-            for i in range(0, len(strips) - 1, 2)]  # fmt: skip
-    return (np.concatenate(rows) * 255).round().astype(np.uint8)
+    padded = [np.pad(iio.imread(strip), ((2, 2), (2, 6), (0, 0)), constant_values=255) for strip in strips]
+    return np.concatenate([np.concatenate(padded[i : i + 2], axis=1) for i in range(0, len(padded) - 1, 2)])
+
+
+def weights_digest(model: Path) -> str:
+    """SHA-256 of the transformer's weights."""
+    return hashlib.sha256((model / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
+
+
+def earlier_clips(results: Path, settings: dict) -> list[dict]:
+    """The clips that an interrupted evaluation with the same settings has judged."""
+    if not results.exists():
+        return []
+    earlier = json.loads(results.read_text())
+    different = [name for name, value in settings.items() if earlier.get(name) != value]
+    if different:
+        raise SystemExit(f"{results} was made with another {', '.join(different)}; give another --output")
+    return earlier["clips"]
 
 
 def main() -> None:
@@ -56,7 +72,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--guidance", type=float, default=5.0)
     parser.add_argument("--seed", type=int, default=1000)
     parser.add_argument("--plan", default="none", help="none, auto or a plan file: judge the accelerated model")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -71,8 +87,9 @@ def main() -> None:
         accelerate(pipe, args.plan)
     args.output.mkdir(parents=True, exist_ok=True)
     results = args.output / "results.json"
-    clips = json.loads(results.read_text())["clips"] if results.exists() else []
-    strips = []
+    settings = {"size": args.size, "steps": args.steps, "guidance": args.guidance, "seed": args.seed,
+                "plan": args.plan, "weights": weights_digest(args.model)}  # fmt: skip
+    clips = earlier_clips(results, settings)
     for number, words in enumerate(split_words()[1][: args.prompts]):
         if number < len(clips):
             continue
@@ -83,18 +100,13 @@ def main() -> None:
             {"prompt": words.caption(), "words": asdict(words), "seen": asdict(seen) if seen else None,
              "seconds": round(time.time() - started, 2)}
         )  # fmt: skip
-        summary = {
-            "size": args.size,
-            "steps": args.steps,
-            "guidance": args.guidance,
-            "clips_judged": len(clips),
-        }
-        results.write_text(json.dumps({**summary, "right": summarise(clips), "clips": clips}, indent=1))
-        print(f"{len(clips)}/{args.prompts} {words.caption()}: {'right' if seen == words else seen}", flush=True)
+        summary = {**settings, "clips_judged": len(clips), "right": summarise(clips), "clips": clips}
         if number < SHEET_CLIPS:
-            strips.append(np.concatenate(list(frames[::8]), axis=1))
-            if len(strips) == min(SHEET_CLIPS, args.prompts):
-                iio.imwrite(args.output / "contact_sheet.png", contact_sheet(strips))
+            strip = (np.concatenate(list(frames[::8]), axis=1) * 255).round().astype(np.uint8)
+            iio.imwrite(args.output / f"strip{number:02d}.png", strip)
+        results.write_text(json.dumps(summary, indent=1))
+        print(f"{len(clips)}/{args.prompts} {words.caption()}: {'right' if seen == words else seen}", flush=True)
+    iio.imwrite(args.output / "contact_sheet.png", contact_sheet(sorted(args.output.glob("strip*.png"))))
     print(json.dumps(summarise(clips)))
 
 
