@@ -245,9 +245,8 @@ def run_once(pipe: Any, plan: Any, call: dict[str, Any], seed: int, progress: Pr
             return tensors
 
         with torch.no_grad():
-            frames = pipe(**call, generator=_generator(seed), output_type="np", callback_on_step_end=after_step).frames[
-                0
-            ]
+            result = pipe(**call, generator=_generator(seed), output_type="np", callback_on_step_end=after_step)
+            frames = result.frames[0]
         seconds = time.perf_counter() - started
     if not np.isfinite(frames).all():
         raise ModelError(f"the model made values that are not finite in {pipe.transformer.dtype}; try another --dtype")

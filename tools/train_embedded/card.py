@@ -8,6 +8,7 @@ The pictures go to `images/` beside the card; the contact sheet is the last eval
 
 import argparse
 import json
+import re
 import shutil
 from itertools import pairwise
 from pathlib import Path
@@ -48,7 +49,7 @@ Words it does not know get a hint on stderr. It does not draw two objects, and i
 
 ## How good it is
 Clips from held-out prompts, judged by plain image analysis (`tools/train_embedded/judge.py`: colours by medians,
-motion by the centroid's path, shape by its outline; it is right on every ground-truth rendering). Dense attention,
+motion by the centroid's path, shape by its outline; tested on ground-truth renderings). Dense attention,
 20 steps, guidance 5.
 
 {evaluation}
@@ -110,7 +111,8 @@ def recipe_table(vae: Path, transformers: list[Path]) -> str:
 
 def short_name(stage: dict[str, Any]) -> str:
     """The stage without its last step and without words that all stages share."""
-    return stage["name"].split("→")[0].replace("latents", "").replace(",", ", ").replace("in windows", "windows")
+    name = stage["name"].split("→")[0].replace("latents", "").replace("in windows", "windows")
+    return re.sub(r",\s*", ", ", name)
 
 
 def told_runs(count: int) -> str:
