@@ -8,7 +8,12 @@ from pointillist.kernels import BlockLayout
 
 
 def layout_of(
-    patterns: tuple[Pattern, ...], q: torch.Tensor, k: torch.Tensor, tiling: Tiling, scale: float
+    patterns: tuple[Pattern, ...],
+    q: torch.Tensor,
+    k: torch.Tensor,
+    tiling: Tiling,
+    scale: float,
+    dense_first_frame: bool = False,
 ) -> tuple[BlockLayout, torch.Tensor]:
     """The layout of one attention call, built on the device without waiting for it.
 
@@ -16,6 +21,7 @@ def layout_of(
         patterns: one for all heads, or one for each.
         q, k: [B, S, H, D], final.
         scale: of the scores.
+        dense_first_frame: queries of a video's first latent frame see everything.
 
     Returns:
         The layout, and its density: the kept share of the video × video pairs, a 0-d tensor.
@@ -33,8 +39,10 @@ def layout_of(
         scores.topk(most).indices,
         kept.to(q.device, non_blocking=True)[None, :, None].expand(batch, heads, tiles, -1),
     )
+    full = tiling.first_frame_tiles if dense_first_frame else 0
+    mask[:, :, :full] = True
     exact = tiling.blocks - tiles
-    pairs_per_head = tiles * (keeps + exact) + exact * tiling.blocks
+    pairs_per_head = (tiles - full) * (keeps + exact) + (full + exact) * tiling.blocks
     pairs = batch * int(pairs_per_head.expand(heads).sum())
     order = tiling.order[None, None]
     layout = BlockLayout.from_bounds(

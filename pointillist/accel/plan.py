@@ -50,6 +50,9 @@ class Plan:
     schedule: Schedule = field(default_factory=Schedule)
     block: int = 128
     """At most so many tokens are in a block."""
+    dense_first_frame: bool = False
+    """In a video, queries of the first latent frame see everything. A causal VAE encodes that frame by itself, and
+    with rotary positions a model can only tell that it is the first by attending."""
     min_tokens: int = 0
     """Shorter sequences run densely: there, selection costs more than it saves."""
     model: str = "any"
@@ -172,6 +175,8 @@ def _check(plan: Plan) -> None:
         raise PlanError(f"the table must have 1 to {MAX_LAYERS} rows of 1 to {MAX_HEADS} rules")
     if not _is_count(plan.block) or not 1 <= plan.block <= 4096:
         raise PlanError(f"block is {plan.block!r}; it must be a whole number from 1 to 4096")
+    if not isinstance(plan.dense_first_frame, bool):
+        raise PlanError(f"dense_first_frame is {plan.dense_first_frame!r}; it must be true or false")
     if not _is_count(plan.min_tokens):
         raise PlanError(f"min_tokens is {plan.min_tokens!r}; it must be a whole number, 0 or more")
     if plan.grid is not None and not (len(plan.grid) == 3 and all(_is_count(n) and n > 0 for n in plan.grid)):

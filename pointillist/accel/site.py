@@ -11,7 +11,7 @@ from pointillist.accel.patterns import PATTERNS, Pattern
 from pointillist.accel.plan import Plan
 from pointillist.accel.report import Call, Record
 from pointillist.accel.run_state import RunState
-from pointillist.accel.tiles import Grid, tile_counts, tiling_of, whole_video
+from pointillist.accel.tiles import Grid, tile_count, tiling_of, whole_video
 from pointillist.accel.timing import now
 from pointillist.kernels import attention_with_pooled_tail, block_sparse_attention, choose_backend
 
@@ -66,7 +66,7 @@ class Site:
         rules = plan.rules(self._layer)
         segments = whole_video(grid)
         patterns = tuple(PATTERNS[rule.pattern].at_density(rule.density, grid, segments, plan.block) for rule in rules)
-        tiles = math.prod(tile_counts(grid, plan.block))
+        tiles = tile_count(grid, plan.block)
         return None if all(pattern.keep == tiles for pattern in patterns) else patterns
 
     def _fall_back(self, reason: str) -> tuple[Pattern, ...] | None:
@@ -87,7 +87,7 @@ class Site:
         assert grid is not None
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         tiling = tiling_of(grid, whole_video(grid), plan.block, q.device)
-        layout, density = layout_of(patterns, q, k, tiling, scale)
+        layout, density = layout_of(patterns, q, k, tiling, scale, plan.dense_first_frame)
         record = self._runtime.record
         if record.backend is None:
             record.backend = choose_backend(q.device, self._runtime.backend)

@@ -1,8 +1,8 @@
 """Cuts a token sequence into blocks that are compact in the video, not in the sequence.
 
 A local token order is worth about 1.5 dB over raster order at equal density (DFSAttn): the keys of a compact
-block resemble each other, so their mean speaks for them. Tiles divide each axis evenly, so every tile is one
-block and none is padded.
+block resemble each other, so their mean speaks for them. Tiles are the cells of a balanced k-d tree: equally large,
+so that none is padded, and near-cubic.
 """
 
 import math
@@ -40,6 +40,8 @@ class Tiling:
     """float32 [tiles, 3]: the middle of each video tile in the grid, (t, h, w) in tokens."""
     tiles: int
     """The first `tiles` blocks are video; every pair with one of the others is always kept."""
+    first_frame_tiles: int
+    """So many first tiles are the first latent frame of a video; 0 for a single image."""
     largest: int
     """Tokens in the largest block."""
 
@@ -57,31 +59,15 @@ def whole_video(grid: Grid) -> tuple[Segment, ...]:
     return (Segment("video", 0, math.prod(grid)),)
 
 
-@lru_cache(maxsize=64)
-def tile_counts(grid: Grid, block: int) -> Grid:
-    """Into how many parts to cut each axis: tiles of at most `block` tokens with the least total surface.
-
-    Small surface means few tiles and near-cubic ones. It is weighted by how much the largest tile exceeds the mean
-    one: equal tiles are computed in batches.
-    """
-    best, best_cost = grid, math.inf
-    for t in range(1, min(grid[0], block) + 1):
-        for h in range(1, min(grid[1], block // t) + 1):
-            for w in range(1, min(grid[2], block // (t * h)) + 1):
-                counts = (-(-grid[0] // t), -(-grid[1] // h), -(-grid[2] // w))
-                a, b, c = (length / count for length, count in zip(grid, counts, strict=True))
-                surface = math.prod(counts) * (a * b + b * c + c * a)
-                largest = math.prod(-(-length // count) for length, count in zip(grid, counts, strict=True))
-                cost = surface * largest / (a * b * c)
-                if cost < best_cost:
-                    best, best_cost = counts, cost
-    return best
+def tile_count(grid: Grid, block: int) -> int:
+    """How many tiles of at most `block` tokens the video is cut into."""
+    return sum(_parts(frames * grid[1] * grid[2], block) for frames in _spans(grid))
 
 
 @lru_cache(maxsize=16)
 def tiling_of(grid: Grid, segments: tuple[Segment, ...], block: int, device: torch.device) -> Tiling:
     """The tiling of a sequence on `device`; a pure function of its arguments, so all callers share it."""
-    tile_of_video, centres = _video_tiles(grid, tile_counts(grid, block))
+    tile_of_video, centres = _video_tiles(grid, block)
     tiles = centres.shape[0]
     block_of_token = torch.empty(sum(segment.length for segment in segments), dtype=torch.int64)
     blocks = tiles
@@ -102,20 +88,49 @@ def tiling_of(grid: Grid, segments: tuple[Segment, ...], block: int, device: tor
         sizes=sizes.float().to(device),
         centres=centres.to(device),
         tiles=tiles,
+        first_frame_tiles=_parts(grid[1] * grid[2], block) if grid[0] > 1 else 0,
         largest=int(sizes.max()),
     )
 
 
-def _video_tiles(grid: Grid, counts: Grid) -> tuple[torch.Tensor, torch.Tensor]:
+def _spans(grid: Grid) -> tuple[int, ...]:
+    """Frames of the parts that share no tile. The first latent frame is one: causal VAEs encode it by itself, and
+    its statistics differ from those of the frames after it, each of which holds several frames of video."""
+    return (1, grid[0] - 1) if grid[0] > 1 else (1,)
+
+
+def _parts(tokens: int, block: int) -> int:
+    """The least number of parts of at most `block` tokens; up to an eighth more if they then are equal."""
+    least = -(-tokens // block)
+    return next((n for n in range(least, least + least // 8 + 1) if tokens % n == 0), least)
+
+
+def _video_tiles(grid: Grid, block: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The tile of every token of the grid, int64 [T·H·W], and every tile's centre, float32 [tiles, 3]."""
-    parts, middles = [], []
-    for length, count in zip(grid, counts, strict=True):
-        starts = torch.arange(count + 1) * length // count
-        parts.append(torch.bucketize(torch.arange(length), starts, right=True) - 1)
-        middles.append((starts[:-1] + starts[1:] - 1) / 2)
-    t, h, w = torch.meshgrid(*parts, indexing="ij")
-    tile_of_token = (t * counts[1] + h) * counts[2] + w
-    return tile_of_token.flatten(), torch.cartesian_prod(*middles).view(-1, 3)
+    places = torch.cartesian_prod(*(torch.arange(length) for length in grid)).view(-1, 3)
+    tiles, start = [], 0
+    for frames in _spans(grid):
+        tokens = torch.arange(start, start + frames * grid[1] * grid[2])
+        tiles += _halve(tokens, places, _parts(len(tokens), block))
+        start += len(tokens)
+    tile_of_token = torch.empty(start, dtype=torch.int64)
+    for tile, tokens in enumerate(tiles):
+        tile_of_token[tokens] = tile
+    return tile_of_token, torch.stack([places[tokens].float().mean(0) for tokens in tiles])
+
+
+def _halve(tokens: torch.Tensor, places: torch.Tensor, parts: int) -> list[torch.Tensor]:
+    """Cut `tokens` into `parts` of equal size (give or take one) by halving the longest axis again and again."""
+    if parts == 1:
+        return [tokens]
+    mine = places[tokens]
+    lengths = mine.amax(0) - mine.amin(0) + 1
+    rank = torch.zeros(len(tokens), dtype=torch.int64)
+    for axis in lengths.argsort(descending=True, stable=True).tolist():
+        rank = rank * int(places[:, axis].max() + 1) + mine[:, axis]
+    tokens = tokens[rank.argsort()]
+    cut = len(tokens) * (parts // 2) // parts
+    return _halve(tokens[:cut], places, parts // 2) + _halve(tokens[cut:], places, parts - parts // 2)
 
 
 def block_means(x: torch.Tensor, tiling: Tiling) -> torch.Tensor:

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -120,20 +121,27 @@ def attention_with_pooled_tail(
 
     Arguments, result and errors are those of `block_sparse_attention`.
     """
-    out, lse = block_sparse_attention(q, k, v, layout, scale, return_lse=True, backend=backend)
+    _check(q, k, v, layout)
+    name, _ = choose_backend(q.device, backend)
+    if name == "cpu":
+        from pointillist.kernels.cpu import block_sparse as cpu
+
+        return cpu.attention_with_pooled_tail(q, k, v, layout, q.shape[-1] ** -0.5 if scale is None else scale)
+    places, q = layout.query_order, in_order(q, layout.query_order)
+    layout = replace(layout, query_order=None)
+    if layout.key_lengths is None:  # valid lengths count tokens in their own order
+        k, v = in_order(k, layout.key_order), in_order(v, layout.key_order)
+        layout = replace(layout, key_order=None)
+    out, lse = block_sparse_attention(q, k, v, layout, scale, return_lse=True, backend=name)
     (pooled_k, counts), (pooled_v, _) = (
         pool_blocks(in_order(x, layout.key_order), layout.key_bounds, layout.key_lengths, layout.key_order)
         for x in (k, v)
     )
     tail, tail_lse = pooled_attention(
-        in_order(q, layout.query_order), pooled_k, pooled_v, counts.log(),
-        pairs=dropped_of(layout), query_bounds=layout.query_bounds, scale=scale,
-    )  # fmt: skip
-    if layout.query_order is not None:
-        places = layout.query_order.argsort(-1)
-        tail = in_order(tail, places)
-        tail_lse = in_order(tail_lse[..., None], places)[..., 0]
-    return merge_attention(out, lse, tail, tail_lse.to(lse.dtype))[0]
+        q, pooled_k, pooled_v, counts.log(), pairs=dropped_of(layout), query_bounds=layout.query_bounds, scale=scale
+    )
+    out = merge_attention(out, lse, tail, tail_lse.to(lse.dtype))[0]
+    return out if places is None else in_order(out, places.argsort(-1))
 
 
 def _backend(name: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:

@@ -1,6 +1,7 @@
 """Tilings and patterns on grids of all sizes."""
 
 import math
+from itertools import pairwise
 
 import imageio.v3 as iio
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from pointillist.accel.layouts import layout_of
 from pointillist.accel.patterns import PATTERNS
-from pointillist.accel.tiles import Segment, tiling_of, whole_video
+from pointillist.accel.tiles import Segment, tile_count, tiling_of, whole_video
 
 grids = st.tuples(st.integers(1, 13), st.integers(1, 24), st.integers(1, 24))
 CPU = torch.device("cpu")
@@ -21,15 +22,31 @@ CPU = torch.device("cpu")
 def test_tiles_partition_the_grid(grid, block):
     tiling = tiling_of(grid, whole_video(grid), block, CPU)
     assert torch.equal(tiling.order.sort().values, torch.arange(math.prod(grid)))
+    assert tiling.tiles == tile_count(grid, block)
     sizes = tiling.bounds.diff()
-    assert sizes.min() >= 1 and sizes.max() == tiling.largest <= block
+    assert sizes.max() == tiling.largest <= block
+    frame = tiling.order // (grid[1] * grid[2])
+    alone = [bool((frame[a:b] == 0).all()) for a, b in pairwise(tiling.bounds.tolist())]
+    for part in (sizes[torch.tensor(alone)], sizes[~torch.tensor(alone)]):
+        assert part.numel() == 0 or part.max() - part.min() <= 1  # equally large
+    assert int(sizes[torch.tensor(alone)].sum()) == grid[1] * grid[2]  # no tile mixes the first frame with others
     for i in range(tiling.tiles):
         token = tiling.order[tiling.bounds[i] : tiling.bounds[i + 1]]
         assert (tiling.block_of_token[token] == i).all()
         place = torch.stack([token // (grid[1] * grid[2]), token // grid[2] % grid[1], token % grid[2]]).double()
-        extent = place.amax(1) - place.amin(1) + 1
-        assert extent.prod() == sizes[i]  # a box
-        torch.testing.assert_close(place.mean(1), tiling.centres[i].double())
+        torch.testing.assert_close(place.mean(1), tiling.centres[i].double(), atol=1e-5, rtol=1e-5)
+
+
+def test_tiles_are_near_cubic():
+    """8×8×8 = 512 tokens in cells of 64 are cubes of 4; an odd grid's cells stay within one more on each axis."""
+    for frames, side, longest in ((9, 8, 4), (9, 22, 7)):
+        grid = (frames, side, side)
+        tiling = tiling_of(grid, whole_video(grid), 64, CPU)
+        for first, last in pairwise(tiling.bounds.tolist()):
+            token = tiling.order[first:last]
+            place = torch.stack([token // side**2, token // side % side, token % side])
+            if place[0].min() > 0:
+                assert (place.amax(1) - place.amin(1) + 1).max() <= longest
 
 
 @settings(max_examples=60, deadline=None)
@@ -61,6 +78,20 @@ def test_segments_beside_the_video_are_exact():
     assert not kept[:, :, video][..., video].all()
     alone = layout_of(mixed, q[:, video], k[:, video], tiling_of(grid, whole_video(grid), block, CPU), 0.35)[0]
     assert torch.equal(kept[:, :, video][..., video], alone.token_mask(2, 3))
+
+
+def test_a_dense_first_frame_sees_everything():
+    grid, q, k = (4, 6, 7), torch.randn(2, 168, 3, 8), torch.randn(2, 168, 3, 8)
+    tiling = tiling_of(grid, whole_video(grid), 16, CPU)
+    mixed = tuple(PATTERNS["pooled"](keep=keep) for keep in (1, 2, 3))
+    plain, _ = layout_of(mixed, q, k, tiling, 0.35)
+    layout, density = layout_of(mixed, q, k, tiling, 0.35, dense_first_frame=True)
+    kept, before = layout.token_mask(2, 3), plain.token_mask(2, 3)
+    assert kept[:, :, :42].all() and not before[:, :, :42].all()
+    assert torch.equal(kept[:, :, 42:], before[:, :, 42:])
+    assert float(density) == pytest.approx(layout.density(), abs=1e-6)
+    image = tiling_of((1, 6, 7), whole_video((1, 6, 7)), 16, CPU)
+    assert not layout_of(mixed, q[:, :42], k[:, :42], image, 0.35, dense_first_frame=True)[0].mask().all()
 
 
 def test_pooled_finds_the_block_that_holds_the_mass():

@@ -1,11 +1,10 @@
 """`dense`: every query tile sees every key tile."""
 
-import math
 from dataclasses import dataclass
 
 import torch
 
-from pointillist.accel.tiles import Grid, Segment, Tiling, tile_counts
+from pointillist.accel.tiles import Grid, Segment, Tiling, tile_count
 
 
 @dataclass(frozen=True)
@@ -15,7 +14,7 @@ class Dense:
     @classmethod
     def at_density(cls, density: float, grid: Grid, segments: tuple[Segment, ...] = (), block: int = 128) -> "Dense":
         """Dense at any wish: a head that must be exact beside sparse ones."""
-        return cls(math.prod(tile_counts(grid, block)))
+        return cls(tile_count(grid, block))
 
     def scores(self, q: torch.Tensor, k: torch.Tensor, tiling: Tiling, scale: float) -> torch.Tensor:
         """All equal: [1, 1, tiles, tiles]."""
