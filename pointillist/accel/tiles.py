@@ -88,7 +88,7 @@ def tiling_of(grid: Grid, segments: tuple[Segment, ...], block: int, device: tor
         sizes=sizes.float().to(device),
         centres=centres.to(device),
         tiles=tiles,
-        first_frame_tiles=_parts(grid[1] * grid[2], block) if grid[0] > 1 else 0,
+        first_frame_tiles=int((centres[:, 0] == 0).sum()) if grid[0] > 1 else 0,
         largest=int(sizes.max()),
     )
 
@@ -127,7 +127,7 @@ def _halve(tokens: torch.Tensor, places: torch.Tensor, parts: int) -> list[torch
     lengths = mine.amax(0) - mine.amin(0) + 1
     rank = torch.zeros(len(tokens), dtype=torch.int64)
     for axis in lengths.argsort(descending=True, stable=True).tolist():
-        rank = rank * int(places[:, axis].max() + 1) + mine[:, axis]
+        rank = rank * lengths[axis] + mine[:, axis] - mine[:, axis].amin()
     tokens = tokens[rank.argsort()]
     cut = len(tokens) * (parts // 2) // parts
     return _halve(tokens[:cut], places, parts // 2) + _halve(tokens[cut:], places, parts - parts // 2)

@@ -23,7 +23,7 @@ def show(
         print(json.dumps(asdict(plan), allow_nan=False))
         return
     for name, value in asdict(plan).items():
-        print(f"{name:<11} {value}")
+        print(f"{name:<17} {value}")
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+from dataclasses import replace
 
 import pytest
 import torch
@@ -80,6 +81,13 @@ def test_sparse_output_equals_a_masked_reference(pipe, run, batch, guidance):
         block.attn1.set_processor(masked_attention_processor(16, 0.4))
         block.attn1.processor.grid = (3, 8, 8)
     torch.testing.assert_close(sparse, run(pipe, size=128, batch=batch, guidance=guidance), atol=2e-4, rtol=1e-4)
+
+
+def test_a_plan_may_keep_the_first_frame_dense(pipe, run):
+    plan = replace(Plan.uniform("pooled", 0.4, tail="none", block=16), dense_first_frame=True)
+    with accelerate(pipe, plan) as handle:
+        run(pipe, size=128)
+        assert handle.report().density == pytest.approx((4 * 12 + 8 * 5) / 12**2)
 
 
 def test_two_shapes_in_a_row_and_repetition(pipe, run):

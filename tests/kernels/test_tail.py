@@ -104,6 +104,36 @@ def test_tail_in_half_precision(backend, dtype):
     assert (actual.double() - exact).abs().max() <= 4 * rounding + slack  # the means and the merge are rounded too
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_cpu_tail_equals_the_definition(data):
+    """Blocks of any size, also none; orders and padding; unequal lengths; every head its own; odd head dimensions."""
+    batch, heads, head_dim = (data.draw(st.integers(1, n)) for n in (3, 3, 33))
+    dtype = data.draw(st.sampled_from([torch.float32, torch.float64]))
+    bounds = []
+    for _ in range(2):
+        cuts = sorted(data.draw(st.lists(st.integers(0, 130), max_size=6)))
+        bounds.append(torch.tensor([0, *cuts, max([130, *cuts])], dtype=torch.int32))
+    q_len, k_len = (int(b[-1]) for b in bounds)
+    own = data.draw(st.booleans())
+    orders = [
+        torch.stack([torch.randperm(n) for _ in range(batch * heads if own else 1)]).unflatten(
+            0, (batch, heads) if own else (1, 1)
+        )
+        if data.draw(st.booleans())
+        else None
+        for n in (q_len, k_len)
+    ]
+    lengths = torch.randint(0, k_len + 1, (batch,)) if data.draw(st.booleans()) else None
+    mask = torch.rand(batch, heads, *(len(b) - 1 for b in bounds)) < data.draw(st.floats(0, 1))
+    layout = BlockLayout.from_bounds(
+        mask, *bounds, q_len, k_len, query_order=orders[0], key_order=orders[1], key_lengths=lengths
+    )
+    q, k, v = (torch.randn(batch, n, heads, head_dim, dtype=dtype).transpose(1, 2) for n in (q_len, k_len, k_len))
+    expected, actual = (attention_with_pooled_tail(q, k, v, layout, backend=name) for name in ("reference", "cpu"))
+    torch.testing.assert_close(actual, expected, atol=3e-6, rtol=1e-5)
+
+
 def test_pooled_attention_by_slices_is_the_same(monkeypatch):
     q, means, values = torch.randn(2, 3, 50, 16), torch.randn(2, 3, 4, 16), torch.randn(2, 3, 4, 16)
     counts, pairs = torch.rand(2, 3, 4) + 1, torch.rand(2, 3, 4, 4) < 0.7

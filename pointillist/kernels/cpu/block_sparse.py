@@ -1,5 +1,7 @@
 """Block-sparse attention on CPUs: gather the kept keys of query blocks, then one flash-attention call.
 
+A pooled tail costs no second pass: the means of dropped blocks are gathered beside the kept keys, with a logit bias.
+
 A task is a few query blocks of one head; neighbours that are equally large and see equally many keys are one batch.
 Tasks run on a pool of threads, each of which computes alone: a parallel region per small call would spend its time
 at barriers (4 to 15 times slower than dense, measured).
@@ -88,7 +90,7 @@ class _Keys:
     bounds: torch.Tensor
     """int64 [n+1]."""
     log_counts: torch.Tensor
-    """float32 [n]: what a mean's logit is raised by."""
+    """[n], float32 or wider: what a mean's logit is raised by."""
 
     def kept(self, columns: torch.Tensor, rows: list[int]) -> tuple[torch.Tensor, ...]:
         """The tokens of the blocks `columns`, for each row of them."""
@@ -115,7 +117,7 @@ class _Keys:
         key, value = found.chunk(2, dim=-1)
         if means.shape[1] == 0:
             return key, value, None
-        bias = torch.cat([torch.zeros(kept.shape), self.log_counts[means]], dim=1)
+        bias = torch.cat([self.log_counts.new_zeros(kept.shape), self.log_counts[means]], dim=1)
         return key, value, bias[:, None, None].expand(-1, -1, queries, -1)
 
 
@@ -126,9 +128,10 @@ def _keys_of(k: torch.Tensor, v: torch.Tensor, layout: BlockLayout, tail: bool) 
     means, counts = keys_values[:, :, :0], torch.ones(1, 1, 0)
     if tail:
         means, counts = pool_blocks(keys_values, layout.key_bounds, layout.key_lengths, layout.key_order)
-    log_counts = counts.log().expand(batch, heads, -1)
+    wide = torch.promote_types(k.dtype, torch.float32)  # the operator misreads a float32 bias for float64
+    log_counts = counts.to(wide).log().expand(batch, heads, -1)
     if layout.key_lengths is None:
-        both = torch.cat([keys_values, means], dim=2)
+        both = torch.cat([keys_values, means], dim=2) if tail else keys_values
         return [[_Keys(both[b, h], bounds, log_counts[b, h]) for h in range(heads)] for b in range(batch)]
     tokens = torch.arange(layout.k_len)[None, None] if layout.key_order is None else layout.key_order
     valid = (tokens < layout.key_lengths[:, None, None]).expand(batch, heads, -1)
