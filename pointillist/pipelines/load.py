@@ -80,8 +80,8 @@ def defaults(pipe: Any) -> dict[str, Any]:
     """Call arguments that suit `pipe`: size, frames, steps, guidance."""
     if is_embedded(pipe):
         return {
-            "height": 128,
-            "width": 128,
+            "height": 176,
+            "width": 176,
             "num_frames": 33,
             "num_inference_steps": 20,
             "guidance_scale": 5.0,

@@ -46,7 +46,7 @@ def test_the_shipped_plan_is_for_it_and_restoring_leaves_no_trace(pipe):
     size = defaults(pipe)
     grid = ((size["num_frames"] - 1) // 4 + 1, size["height"] // 8, size["width"] // 8)
     assert plan.model == wan.fingerprint(pipe.transformer)
-    assert plan.grid == grid and math.prod(grid) >= 2000
+    assert plan.grid == grid and math.prod(grid) >= 4000
     before = clip(pipe, height=128, width=128)
     with accelerate(pipe) as handle:
         assert not torch.equal(clip(pipe, height=128, width=128), before)

@@ -70,7 +70,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=EMBEDDED_FOLDER)
     parser.add_argument("--prompts", type=int, default=64)
-    parser.add_argument("--size", type=int, default=128)
+    parser.add_argument("--size", type=int, default=176)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=5.0)
     parser.add_argument("--seed", type=int, default=1000)
