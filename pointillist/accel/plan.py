@@ -52,7 +52,7 @@ class Plan:
     """At most so many tokens are in a block."""
     dense_first_frame: bool = False
     """In a video, queries of the first latent frame see everything. A causal VAE encodes that frame by itself, and
-    with rotary positions a model can only tell that it is the first by attending."""
+    in the embedded model sparse attention gave it wrong colours."""
     min_tokens: int = 0
     """Shorter sequences run densely: there, selection costs more than it saves."""
     model: str = "any"

@@ -59,6 +59,7 @@ def whole_video(grid: Grid) -> tuple[Segment, ...]:
     return (Segment("video", 0, math.prod(grid)),)
 
 
+@lru_cache(maxsize=64)
 def tile_count(grid: Grid, block: int) -> int:
     """How many tiles of at most `block` tokens the video is cut into."""
     return sum(_parts(frames * grid[1] * grid[2], block) for frames in _spans(grid))
