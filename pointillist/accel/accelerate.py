@@ -10,6 +10,7 @@ import torch
 from pointillist.accel import bridge
 from pointillist.accel.choose_plan import Choice, choose_plan
 from pointillist.accel.conflicts import Target, check_arguments, targets_of
+from pointillist.accel.dense import DenseAttention
 from pointillist.accel.plan import Plan
 from pointillist.accel.report import Record, Report, make_report
 from pointillist.accel.run_state import watch_branches, watch_generations
@@ -23,6 +24,7 @@ def accelerate(
     cache: str | None = "auto",
     regions: str | None = "auto",
     backend: str = "auto",
+    dense: str = "auto",
 ) -> "Acceleration":
     """Make the self-attention of a Diffusers pipeline follow a plan. The pipeline is used as before.
 
@@ -30,7 +32,9 @@ def accelerate(
         pipe: a pipeline whose transformers are supported, not yet compiled (compile after this call).
         plan: `auto`, `none` (nothing changes, only measured), a `Plan`, or the path of a plan file.
         cache, regions: `auto` or `none`; no plan of this version says anything about either.
-        backend: `auto`, or a name from `pointillist.kernels.available_backends`.
+        backend: of sparse calls: `auto`, or a name from `pointillist.kernels.available_backends`.
+        dense: of dense calls: `auto` (what the pipeline asks for), the name of one of Diffusers' attention backends
+            (`native`, `_native_cudnn`, `flash`, `sage`, `xformers` …), or `fastest`: measured at the first dense call.
 
     Returns:
         A handle with `report()` and `restore()`; as a context manager it restores on leaving.
@@ -40,18 +44,19 @@ def accelerate(
         PlanError: the file is not a plan.
     """
     targets = targets_of(pipe)
-    check_arguments(pipe, cache, regions, backend)
-    return Acceleration(pipe, targets, choose_plan(plan, targets), backend)
+    check_arguments(pipe, cache, regions, backend, dense)
+    return Acceleration(pipe, targets, choose_plan(plan, targets), backend, dense)
 
 
 class Acceleration:
     """The handle of an accelerated pipeline."""
 
-    def __init__(self, pipe: Any, targets: tuple[Target, ...], choice: Choice, backend: str) -> None:
+    def __init__(self, pipe: Any, targets: tuple[Target, ...], choice: Choice, backend: str, dense: str) -> None:
         self._pipe = pipe
         self._choice = choice
         self._targets = targets
         self._runtime = Runtime(choice.plan, backend)
+        self._dense = DenseAttention(dense)
         self._device = torch.device("cpu")
         self._undo = ExitStack()
         with ExitStack() as undo:  # undoes all of it if one installation fails
@@ -68,7 +73,7 @@ class Acceleration:
             self._runtime.record,
             plan="none" if plan is None else plan.name,
             plan_source=self._plan_source(),
-            dense_backend=("diffusers", "every call was dense: Diffusers' own attention"),
+            dense_backend=self._dense.choice,
         )
 
     def restore(self) -> None:
@@ -103,7 +108,7 @@ class Acceleration:
         undo.callback(transformer.register_forward_hook(left, always_call=True).remove)
         for layer, (block, attention) in enumerate(family.sites(transformer)):
             name = f"{target.name}.{family.site_name(layer)}"
-            site = Site(name, layer, bridge.original_attention(attention), self._runtime)
+            site = Site(name, layer, self._dense.handler(attention), self._runtime)
             undo.callback(bridge.route(block, attention, site))
 
     def _watch_scheduler(self) -> None:

@@ -16,6 +16,7 @@ import torch
 from diffusers.models.attention_dispatch import (
     AttentionBackendName,
     _AttentionBackendRegistry,
+    _check_attention_backend_requirements,
     dispatch_attention_fn,
 )
 
@@ -115,6 +116,30 @@ def route(block: torch.nn.Module, attention: Any, handler: SiteHandler) -> Calla
 def original_attention(attention: Any) -> SiteHandler:
     """What `attention` computes now: Diffusers' dispatcher with the backend that its processor asks for."""
     backend = attention.processor._attention_backend
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> torch.Tensor:
+        return dispatch_attention_fn(q, k, v, scale=scale, backend=backend)
+
+    return attend
+
+
+def check_dense_backend(name: str) -> None:
+    """Raises ValueError unless Diffusers has an attention backend `name` whose packages are installed."""
+    known = [member.value for member in AttentionBackendName if member.value != _NAME]
+    if name not in known:
+        raise ValueError(f"dense={name!r} is unknown; allowed are auto, fastest, {', '.join(known)}")
+    backend = AttentionBackendName(name)
+    try:
+        _check_attention_backend_requirements(backend)
+    except RuntimeError as error:
+        raise ValueError(f"dense={name!r} cannot run here: {error}") from error
+    if backend not in _AttentionBackendRegistry._backends:
+        raise ValueError(f"dense={name!r} cannot run here: this version of Diffusers does not register it")
+
+
+def dense_attention(name: str) -> SiteHandler:
+    """Diffusers' dispatcher with the backend `name`."""
+    backend = AttentionBackendName(name)
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> torch.Tensor:
         return dispatch_attention_fn(q, k, v, scale=scale, backend=backend)

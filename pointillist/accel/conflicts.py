@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from pointillist.accel import bridge
+from pointillist.accel.dense import check_dense
 from pointillist.accel.models import SUPPORTED, family_of
 from pointillist.kernels import choose_backend
 
@@ -43,7 +44,7 @@ def targets_of(pipe: Any) -> tuple[Target, ...]:
     return targets
 
 
-def check_arguments(pipe: Any, cache: str | None, regions: str | None, backend: str) -> None:
+def check_arguments(pipe: Any, cache: str | None, regions: str | None, backend: str, dense: str) -> None:
     """Raises AccelerateError for values that this version cannot carry out."""
     for name, value in (("cache", cache), ("regions", regions)):
         if value not in ("auto", "none", None):
@@ -52,6 +53,7 @@ def check_arguments(pipe: Any, cache: str | None, regions: str | None, backend: 
             )
     try:
         choose_backend(getattr(pipe, "_execution_device", pipe.device), backend)  # they differ when offloading
+        check_dense(dense)
     except ValueError as error:
         raise AccelerateError(str(error)) from error
 

@@ -4,7 +4,7 @@ import torch
 
 from pointillist.accel.patterns import Pattern
 from pointillist.accel.tiles import Tiling
-from pointillist.kernels import BlockLayout
+from pointillist.kernels import BlockLayout, top_k
 
 
 def layout_of(
@@ -29,16 +29,10 @@ def layout_of(
     keeps = torch.tensor([pattern.keep for pattern in patterns])
     scores = _scores(patterns, q, k, tiling, scale)
     batch, heads, tiles, _ = scores.shape
-    most = int(keeps.max())
-    kept = torch.arange(most) < keeps[:, None]
     mask = torch.zeros(batch, heads, tiling.blocks, tiling.blocks, dtype=torch.bool, device=q.device)
     mask[:, :, tiles:] = True
     mask[..., tiles:] = True
-    mask[:, :, :tiles, :tiles].scatter_(
-        -1,
-        scores.topk(most).indices,
-        kept.to(q.device, non_blocking=True)[None, :, None].expand(batch, heads, tiles, -1),
-    )
+    mask[:, :, :tiles, :tiles] = top_k(scores, keeps)
     full = tiling.first_frame_tiles if dense_first_frame else 0
     mask[:, :, :full] = True
     exact = tiling.blocks - tiles
@@ -47,7 +41,7 @@ def layout_of(
     order = tiling.order[None, None]
     layout = BlockLayout.from_bounds(
         mask, tiling.bounds, tiling.bounds, tiling.tokens, tiling.tokens,
-        max_query_block=tiling.largest, pairs=pairs, query_order=order, key_order=order,
+        max_query_block=tiling.largest, max_key_block=tiling.largest, pairs=pairs, query_order=order, key_order=order,
     )  # fmt: skip
     return layout, _density(mask[:, :, :tiles, :tiles], tiling.sizes[:tiles])
 

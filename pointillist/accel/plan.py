@@ -55,6 +55,8 @@ class Plan:
     in the embedded model sparse attention gave it wrong colours."""
     min_tokens: int = 0
     """Shorter sequences run densely: there, selection costs more than it saves."""
+    break_even: bool = True
+    """Calls so dense that sparse attention would not be faster on this machine's backend run densely instead."""
     model: str = "any"
     """Fingerprint of the transformer that the plan was made for."""
     grid: tuple[int, int, int] | None = None
@@ -90,6 +92,7 @@ class Plan:
             tail=tail,
             schedule=Schedule(dense_steps=dense_steps),
             block=block,
+            break_even=False,
         )
 
     def rules(self, layer: int) -> tuple[Rule, ...]:
@@ -175,8 +178,9 @@ def _check(plan: Plan) -> None:
         raise PlanError(f"the table must have 1 to {MAX_LAYERS} rows of 1 to {MAX_HEADS} rules")
     if not _is_count(plan.block) or not 1 <= plan.block <= 4096:
         raise PlanError(f"block is {plan.block!r}; it must be a whole number from 1 to 4096")
-    if not isinstance(plan.dense_first_frame, bool):
-        raise PlanError(f"dense_first_frame is {plan.dense_first_frame!r}; it must be true or false")
+    for name in ("dense_first_frame", "break_even"):
+        if not isinstance(getattr(plan, name), bool):
+            raise PlanError(f"{name} is {getattr(plan, name)!r}; it must be true or false")
     if not _is_count(plan.min_tokens):
         raise PlanError(f"min_tokens is {plan.min_tokens!r}; it must be a whole number, 0 or more")
     if plan.grid is not None and not (len(plan.grid) == 3 and all(_is_count(n) and n > 0 for n in plan.grid)):

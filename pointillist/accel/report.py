@@ -43,6 +43,9 @@ class Report:
     plan_source: str
     backend: str
     backend_reason: str
+    dense_backend: str
+    """What computed the dense calls, and why it."""
+    dense_reason: str
     density: float | None
     """Mean over the sparse calls; None if there were none."""
     density_overall: float
@@ -64,6 +67,7 @@ class Report:
         rows = [
             ("plan", f"{self.plan} ({self.plan_source})"),
             ("backend", f"{self.backend} ({self.backend_reason})"),
+            ("dense", f"{self.dense_backend} ({self.dense_reason})"),
             ("tokens", f"{self.tokens:,}"),
             ("steps", steps),
             (
@@ -89,7 +93,7 @@ def make_report(record: Record, plan: str, plan_source: str, dense_backend: tupl
     sparse = [density for each in densities.values() for density in each]
     calls = len(record.calls)
     sites = dict.fromkeys(call.site for call in record.calls)
-    backend, reason = record.backend or dense_backend
+    backend, reason = record.backend or (dense_backend[0], "every call was dense")
     denoise = 0.0
     if record.first_call is not None and record.last_step is not None:
         denoise = seconds_between(record.first_call, record.last_step)
@@ -98,6 +102,8 @@ def make_report(record: Record, plan: str, plan_source: str, dense_backend: tupl
         plan_source=plan_source,
         backend=backend,
         backend_reason=reason,
+        dense_backend=dense_backend[0],
+        dense_reason=dense_backend[1],
         density=_mean(sparse) if sparse else None,
         density_overall=(sum(sparse) + calls - len(sparse)) / calls if calls else 1.0,
         density_per_site={site: _mean(densities[site]) if site in densities else 1.0 for site in sites},

@@ -13,7 +13,7 @@ from pointillist.accel.report import Call, Record
 from pointillist.accel.run_state import RunState
 from pointillist.accel.tiles import Grid, tile_count, tiling_of, whole_video
 from pointillist.accel.timing import now
-from pointillist.kernels import attention_with_pooled_tail, block_sparse_attention, choose_backend
+from pointillist.kernels import BREAK_EVEN, attention_with_pooled_tail, block_sparse_attention, choose_backend
 
 
 class Runtime:
@@ -21,9 +21,16 @@ class Runtime:
 
     def __init__(self, plan: Plan | None, backend: str) -> None:
         self.plan = plan
-        self.backend = backend
         self.state = RunState()
         self.record = Record()
+        self._wish = backend
+        self._backends: dict[torch.device, tuple[str, str]] = {}
+
+    def backend(self, device: torch.device) -> tuple[str, str]:
+        """What computes sparse calls on `device`, and why."""
+        if device not in self._backends:
+            self._backends[device] = choose_backend(device, self._wish)
+        return self._backends[device]
 
 
 class Site:
@@ -44,7 +51,7 @@ class Site:
                 "pipelines run in two threads at once; run one at a time in a process"
             )
         start = now(q.device)
-        patterns = self._patterns(q.shape[1])
+        patterns = self._patterns(q.shape[1], q.device)
         if patterns is None:
             out, density = self._dense(q, k, v, scale), None
         else:
@@ -52,7 +59,7 @@ class Site:
         record.calls.append(Call(self.name, state.branch, state.step, density, start, now(q.device)))
         return out
 
-    def _patterns(self, tokens: int) -> tuple[Pattern, ...] | None:
+    def _patterns(self, tokens: int, device: torch.device) -> tuple[Pattern, ...] | None:
         """The heads' patterns for this call, one for all or one for each; None if all of it is dense."""
         plan, state = self._runtime.plan, self._runtime.state
         grid = state.grid
@@ -67,7 +74,12 @@ class Site:
         segments = whole_video(grid)
         patterns = tuple(PATTERNS[rule.pattern].at_density(rule.density, grid, segments, plan.block) for rule in rules)
         tiles = tile_count(grid, plan.block)
-        return None if all(pattern.keep == tiles for pattern in patterns) else patterns
+        if all(pattern.keep == tiles for pattern in patterns):
+            return None
+        density = sum(pattern.keep for pattern in patterns) / len(patterns) / tiles
+        if plan.break_even and density > BREAK_EVEN[self._runtime.backend(device)[0]]:
+            return self._fall_back(f"density {density:.2f} is so high that sparse attention would not be faster")
+        return patterns
 
     def _fall_back(self, reason: str) -> tuple[Pattern, ...] | None:
         self._runtime.record.fallbacks[f"dense: {reason}"] += 1
@@ -88,12 +100,10 @@ class Site:
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         tiling = tiling_of(grid, whole_video(grid), plan.block, q.device)
         layout, density = layout_of(patterns, q, k, tiling, scale, plan.dense_first_frame)
-        record = self._runtime.record
-        if record.backend is None:
-            record.backend = choose_backend(q.device, self._runtime.backend)
         attend = attention_with_pooled_tail if plan.tail == "pooled" else block_sparse_attention
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        out = attend(q, k, v, layout, scale=scale, backend=record.backend[0])
+        self._runtime.record.backend = self._runtime.backend(q.device)
+        out = attend(q, k, v, layout, scale=scale, backend=self._runtime.record.backend[0])
         assert isinstance(out, torch.Tensor)  # and not with its lse, which was not asked for
         return out.transpose(1, 2), density
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import typer
 
-from pointillist.cli import compare, env, generate, plan
+from pointillist.cli import bench, compare, env, generate, plan
 
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # typer carries its own copy of click
 
@@ -22,6 +22,7 @@ app.command("generate")(generate.command)
 app.command("compare")(compare.command)
 app.command("env")(env.command)
 app.add_typer(plan.app, name="plan")
+app.add_typer(bench.app, name="bench")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

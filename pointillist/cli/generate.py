@@ -38,6 +38,9 @@ def command(
         float | None, typer.Option(help="With --pattern: kept share of the pairs, above 0 to 1.")
     ] = None,
     tail: Annotated[str, typer.Option(help="With --pattern: none, pooled or default.")] = "default",
+    dense: Annotated[
+        str, typer.Option(help="Attention of dense calls: auto, fastest, native, flash, xformers …")
+    ] = "auto",
     cache: Annotated[str, _none_only] = "auto",
     regions: Annotated[str, _none_only] = "auto",
     compare: Annotated[bool, typer.Option("--compare", help="Also run dense with the same seed, and compare.")] = False,
@@ -53,7 +56,7 @@ def command(
     request = GenerateRequest(
         prompt=prompt, output=output, model=model, negative_prompt=negative_prompt, steps=steps, seed=seed,
         width=width, height=height, frames=frames, guidance=guidance, shift=shift, fps=fps, speed=speed, plan=plan,
-        pattern=pattern, density=density, tail=tail, compare=compare, device=device, dtype=dtype, download=download,
+        pattern=pattern, density=density, tail=tail, dense=dense, compare=compare, device=device, dtype=dtype, download=download,
     )  # fmt: skip
     _quieten()
     _hint_at_words(request)

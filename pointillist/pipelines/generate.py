@@ -19,7 +19,7 @@ SPEED_DENSITIES = {"quality": 0.35, "fast": 0.1}
 """Density at the speeds other than exact (dense) and balanced (the plan's own)."""
 DENSE_SHARE = 0.15
 """Of the steps that stay dense with `--pattern`."""
-ASKED = ("shift", "device", "dtype", "speed", "plan", "pattern", "density", "tail")
+ASKED = ("shift", "device", "dtype", "speed", "plan", "pattern", "density", "tail", "dense")
 """What a file says of its request beside the facts; null is the default."""
 
 
@@ -48,6 +48,7 @@ class GenerateRequest:
     pattern: str | None = None
     density: float | None = None
     tail: str = "default"
+    dense: str = "auto"
     compare: bool = False
     device: str | None = None
     dtype: str | None = None
@@ -133,8 +134,8 @@ def generate(request: GenerateRequest, progress: Progress = lambda event: None) 
     seed = request.seed if request.seed is not None else secrets.randbelow(2**31)
     loaded = time.perf_counter() - started
 
-    dense = run_once(pipe, "none", call, seed, progress, "dense") if request.compare else None
-    fast = run_once(pipe, plan, call, seed, progress, "accelerated" if request.compare else "")
+    dense = run_once(pipe, "none", call, seed, progress, "dense", request.dense) if request.compare else None
+    fast = run_once(pipe, plan, call, seed, progress, "accelerated" if request.compare else "", request.dense)
     facts = describe(request, call, seed, fast, dense)
     facts["load_seconds"] = round(loaded, 3)
 
@@ -215,7 +216,9 @@ class Run:
     report: Any
 
 
-def run_once(pipe: Any, plan: Any, call: dict[str, Any], seed: int, progress: Progress, label: str) -> Run:
+def run_once(
+    pipe: Any, plan: Any, call: dict[str, Any], seed: int, progress: Progress, label: str, dense: str = "auto"
+) -> Run:
     """Run under `plan`, after one untimed step that warms everything up.
 
     Raises:
@@ -231,10 +234,10 @@ def run_once(pipe: Any, plan: Any, call: dict[str, Any], seed: int, progress: Pr
 
     prefix = f"{label}: " if label else ""
     chosen = choose_plan(plan, targets_of(pipe)).plan
-    with accelerate(pipe, "none" if chosen is None else replace(chosen, schedule=Schedule())):
+    with accelerate(pipe, "none" if chosen is None else replace(chosen, schedule=Schedule()), dense=dense):
         progress(Event(f"{prefix}warming up"))
         pipe(**{**call, "num_inference_steps": 1, "output_type": "latent"}, generator=_generator(seed))
-    with accelerate(pipe, plan) as handle:
+    with accelerate(pipe, plan, dense=dense) as handle:
         steps, started = call["num_inference_steps"], time.perf_counter()
         progress(Event(f"{prefix}denoising", 0, steps))
 
@@ -261,6 +264,7 @@ def describe(request: GenerateRequest, call: dict[str, Any], seed: int, fast: Ru
         "model": request.model, "seed": seed, "steps": call["num_inference_steps"], "frames": len(fast.frames),
         "width": call["width"], "height": call["height"], "fps": request.fps, "guidance": call["guidance_scale"],
         "tokens": report.tokens, "backend": report.backend, "plan": report.plan, "plan_source": report.plan_source,
+        "dense_backend": report.dense_backend, "dense_reason": report.dense_reason,
         "seconds": _seconds(fast), "density": report.density, "density_overall": report.density_overall,
         "steps_run": report.steps, "fallbacks": list(report.fallbacks),
         "request": {name: getattr(request, name) for name in ASKED},

@@ -231,6 +231,10 @@ def test_refusals_change_nothing(pipe, run, tmp_path):
         accelerate(pipe, cache="easy")
     with pytest.raises(AccelerateError, match="'fast' is unknown"):
         accelerate(pipe, backend="fast")
+    with pytest.raises(AccelerateError, match="dense='quick' is unknown; allowed are auto, fastest, flash"):
+        accelerate(pipe, dense="quick")
+    with pytest.raises(AccelerateError, match="dense='sage' cannot run here"):
+        accelerate(pipe, dense="sage")
     with pytest.raises(PlanError, match="cannot read a plan"):
         accelerate(pipe, tmp_path / "missing.safetensors")
     with pytest.raises(AccelerateError, match="not a Diffusers pipeline"):
@@ -242,3 +246,26 @@ def test_refusals_change_nothing(pipe, run, tmp_path):
         accelerate(pipe)
     pipe.transformer.disable_cache()
     assert torch.equal(run(pipe), dense)
+
+
+@pytest.mark.parametrize("dense", ["auto", "native", "_native_math", "fastest"])
+def test_dense_calls_run_on_what_was_asked_for(pipe, run, dense):
+    expected = run(pipe)
+    with accelerate(pipe, "none", dense=dense) as handle:
+        torch.testing.assert_close(run(pipe), expected, atol=1e-4, rtol=1e-4)
+        report = handle.report()
+    assert report.dense_backend == {"auto": "diffusers", "fastest": "native"}.get(dense, dense)
+    if dense == "fastest":
+        assert "the fastest here for 48 tokens: native" in report.dense_reason
+
+
+def test_plans_run_densely_above_the_break_even_but_uniform_ones_do_not(pipe, run):
+    dense = run(pipe)
+    plan = replace(Plan.uniform("pooled", 0.9, block=4), break_even=True)
+    with accelerate(pipe, plan) as handle:
+        assert torch.equal(run(pipe), dense)
+        report = handle.report()
+    assert report.steps["sparse"] == 0 and "would not be faster" in report.fallbacks[0]
+    with accelerate(pipe, replace(plan, break_even=False)) as handle:
+        run(pipe)
+        assert handle.report().steps["dense"] == 0

@@ -36,7 +36,7 @@ def dense_attention(q, k, v, mask, scale):
 def assert_within_rule(actual, q, k, v, layout, scale=None):
     """Error against float64 at most twice that of dense attention in the same dtype under the same mask."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    exact, exact_lse = definition.block_sparse_attention(q.double(), k.double(), v.double(), layout, scale)
+    exact, exact_lse = definition.attention(q.double(), k.double(), v.double(), layout, scale)
     mask = layout.token_mask(*q.shape[:2])
     plain = dense_attention(q, k, v, mask, scale)
     out, lse = actual
@@ -167,7 +167,7 @@ def test_wrong_arguments_are_refused_with_their_values():
     layout = BlockLayout.from_mask(torch.ones(1, 1, 2, 2, dtype=torch.bool), 16, 16, 32, 32)
     with pytest.raises(ValueError, match="32 queries and 32 keys; q and k have 31"):
         block_sparse_attention(q[:, :, :31], k, v, layout)
-    with pytest.raises(ValueError, match="agree in dtype"):
+    with pytest.raises(ValueError, match="one and the same floating dtype"):
         block_sparse_attention(q.half(), k, v, layout)
     with pytest.raises(ValueError, match="'cuda' is unknown; allowed are auto, reference, cpu, triton"):
         choose_backend("cpu", "cuda")

@@ -1,0 +1,68 @@
+"""Which dense attention serves the calls that a plan leaves dense: the pipeline's own, a named one, or the fastest."""
+
+import statistics
+import time
+from collections import defaultdict
+
+import torch
+
+from pointillist.accel import bridge
+
+FASTEST_OF = ("native", "_native_cudnn", "_native_flash", "_native_efficient", "flash", "_flash_3", "xformers")
+"""Diffusers' exact implementations that need no download; approximate ones (sage) serve when they are named."""
+ROUNDS = 3
+
+
+def check_dense(wish: str) -> None:
+    """Raises ValueError unless `wish` is `auto`, `fastest` or a backend that Diffusers has and can run here."""
+    if wish not in ("auto", "fastest"):
+        bridge.check_dense_backend(wish)
+
+
+class DenseAttention:
+    """Dense attention of q, k, v [B, S, H, D] for all sites of a pipeline, and what was chosen and why."""
+
+    def __init__(self, wish: str) -> None:
+        self._wish = wish
+        self._fastest: dict[tuple, str] = {}
+        self.choice = (wish, "asked for")
+        if wish == "auto":
+            self.choice = ("diffusers", "what the pipeline asks for")
+
+    def handler(self, attention: torch.nn.Module) -> bridge.SiteHandler:
+        """What computes the dense calls of `attention`."""
+        if self._wish == "auto":
+            return bridge.original_attention(attention)
+        if self._wish == "fastest":
+            return self._by_the_fastest
+        return bridge.dense_attention(self._wish)
+
+    def _by_the_fastest(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> torch.Tensor:
+        shape = (q.device, q.dtype, *q.shape)
+        if shape not in self._fastest:
+            self._fastest[shape] = self._measure(q, k, v, scale)
+        return bridge.dense_attention(self._fastest[shape])(q, k, v, scale)
+
+    def _measure(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> str:
+        seconds: defaultdict[str, list[float]] = defaultdict(list)
+        failed: set[str] = set()
+        for round_ in range(ROUNDS + 1):
+            for name in FASTEST_OF:
+                if name in failed:
+                    continue
+                try:
+                    bridge.check_dense_backend(name)
+                    started = time.perf_counter()
+                    bridge.dense_attention(name)(q, k, v, scale)
+                    if q.is_cuda:
+                        torch.cuda.synchronize(q.device)
+                except (RuntimeError, ValueError, NotImplementedError, ImportError):
+                    failed.add(name)  # it does not run here, and so is none of the fastest
+                    continue
+                if round_:
+                    seconds[name].append(time.perf_counter() - started)
+        medians = {name: statistics.median(each) for name, each in seconds.items()}
+        in_order = sorted(medians, key=lambda name: medians[name])
+        listed = ", ".join(f"{name} {medians[name] * 1e3:.1f} ms" for name in in_order)
+        self.choice = (in_order[0], f"the fastest here for {q.shape[1]} tokens: {listed}")
+        return in_order[0]

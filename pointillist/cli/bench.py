@@ -1,0 +1,127 @@
+"""`pointillist bench`: how fast this machine is."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(no_args_is_help=True, help="Measure this machine.")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@app.callback()
+def _group() -> None:
+    """Measure this machine."""
+
+
+@app.command("attention")
+def attention(
+    tokens: Annotated[str, typer.Option(help="Lengths, by commas; '' is a list for this device.")] = "",
+    head_dim: Annotated[str, typer.Option(help="Head dimensions, by commas.")] = "",
+    heads: Annotated[int, typer.Option(min=0, help="0 is a number that suits the length.")] = 0,
+    density: Annotated[str, typer.Option(help="Densities, by commas.")] = "1,0.5,0.25,0.125,0.06",
+    dtype: Annotated[str, typer.Option(help=f"By commas: {', '.join(DTYPES)}; '' is one for this device.")] = "",
+    rounds: Annotated[int, typer.Option(min=1, help="Measured repetitions; medians count.")] = 5,
+    flex: Annotated[bool, typer.Option(help="Also FlexAttention, which compiles for seconds at every length.")] = True,
+    device: Annotated[str, typer.Option(help="cpu or cuda; '' is cuda if there is one.")] = "",
+    tune: Annotated[
+        bool, typer.Option(help="First find the fastest kernel configurations of this GPU and keep them.")
+    ] = False,
+    output: Annotated[Path | None, typer.Option(help="Also write all of it to this JSON file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Ours against every dense implementation that runs here, FlexAttention and xformers, in one interleaved run."""
+    import torch
+
+    from pointillist.hardware import detect
+    from pointillist.kernels import bench, choose_backend
+
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    cuda = where.type == "cuda"
+    if cuda and not torch.cuda.is_available():
+        raise ValueError("device is cuda, but torch sees no CUDA device here; use --device cpu")
+    lengths = _numbers("tokens", tokens or ("4096,8192,16384,32768,75600,118800" if cuda else "2048,4096,8192"), int)
+    dims = _numbers("head-dim", head_dim or ("64,128" if cuda else "64"), int)
+    densities = _numbers("density", density, float)
+    if min(lengths) < 1 or min(dims) < 1 or not all(0 < each <= 1 for each in densities):
+        raise ValueError(f"tokens {lengths} and head-dim {dims} must be 1 or more, density {densities} in (0, 1]")
+    names = [each.strip() for each in (dtype or ("bfloat16" if cuda else "float32")).split(",")]
+    if set(names) - set(DTYPES):
+        raise ValueError(f"dtype {dtype!r} is unknown; allowed are {', '.join(DTYPES)}")
+    if output is not None and not output.parent.is_dir():
+        raise ValueError(f"there is no folder {output.parent} to write {output.name} into")
+    progress = Console(stderr=True)
+    if tune:
+        _tune(where, tuple(dims), progress)
+
+    backend, reason = choose_backend(where)
+    result: dict[str, Any] = {
+        "machine": detect(), "torch": torch.__version__, "threads": torch.get_num_threads(), "backend": backend,
+        "backend_reason": reason, "block": bench.BLOCK, "rounds": rounds, "matmul_tflops": {}, "rows": [], "absent": {},
+    }  # fmt: skip
+    shapes = [(name, dim, length) for name in names for dim in dims for length in lengths]
+    for number, (name, dim, length) in enumerate(shapes, 1):
+        progress.print(f"[{number}/{len(shapes)}] {length} tokens, head dimension {dim}, {name}", highlight=False)
+        kind = getattr(torch, name)
+        if name not in result["matmul_tflops"]:
+            result["matmul_tflops"][name] = round(bench.matmul_flops(where, kind) / 1e12, 4)
+        rows, absent = bench.attention_rows(
+            where, length, heads or _heads(length, cuda), dim, kind, densities=tuple(densities), rounds=rounds,
+            flex=flex, limit=result["matmul_tflops"][name] * 1e12,
+        )  # fmt: skip
+        result["rows"] += bench.as_json(rows)
+        result["absent"] |= {f"{each} ({length} tokens, {dim}, {name})": why for each, why in absent.items()}
+        if output is not None:  # after every shape, so that an interruption loses one
+            beside = output.with_suffix(".tmp")
+            beside.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+            beside.replace(output)
+    if as_json:
+        print(json.dumps(result, allow_nan=False))
+        return
+    _print(result)
+
+
+def _tune(device: Any, head_dims: tuple[int, ...], progress: Console) -> None:
+    from pointillist.kernels import bench, choose_backend
+
+    if choose_backend(device)[0] != "triton" or device.type != "cuda":
+        raise ValueError(f"--tune finds configurations of Triton kernels on a GPU; this device is {device.type}")
+    from pointillist.kernels.triton.configs import architecture_of, save_tuned
+
+    rows = {}
+    for key, config in bench.tuned_rows(device, head_dims, tokens=16384):
+        progress.print(f"{key}: {config}", highlight=False)
+        rows[key] = config
+    progress.print(f"kept in {save_tuned(architecture_of(device), rows)}", highlight=False)
+
+
+def _heads(tokens: int, cuda: bool) -> int:
+    return (24 if tokens <= 16384 else 12 if tokens <= 40000 else 4) if cuda else 4
+
+
+def _numbers(name: str, text: str, kind: type) -> list[Any]:
+    try:
+        return [kind(each) for each in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"--{name} is {text!r}; it must be numbers separated by commas") from error
+
+
+def _print(result: dict[str, Any]) -> None:
+    console = Console()
+    table = Table(title=f"attention on {result['machine']['processor']}, backend {result['backend']}")
+    for heading in ("tokens", "D", "dtype", "", "density", "ms", "speed-up", "of ideal", "TFLOP/s", "of matmul limit"):
+        table.add_column(heading, justify="right")
+    for row in result["rows"]:
+        plain = row["variant"] == "selection"
+        table.add_row(
+            str(row["tokens"]), str(row["head_dim"]), row["dtype"], row["variant"], f"{row['density']:g}",
+            f"{row['milliseconds']:.1f}", f"{row['speedup']:.2f}×",
+            "" if row["share_of_ideal"] is None else f"{row['share_of_ideal']:.0%}",
+            "" if plain else f"{row['tflops']:.3g}", "" if plain else f"{row['share_of_matmul_limit']:.0%}",
+        )  # fmt: skip
+    console.print(table)
+    for name, why in result["absent"].items():
+        console.print(f"not measured: {name}: {why}", highlight=False)

@@ -1,0 +1,139 @@
+"""Tile sizes, warps and stages of the attention kernel, as data: one row per architecture and kind of call.
+
+`configs.json` ships with the package. Every row says why it is what it is: `compiled` (registers and shared memory as
+`benchmarks/compile_report.py` finds them) or `measured`. `pointillist bench attention --tune` measures on the machine
+it runs on and writes rows to a file of the user's, which go before these. Nothing is tuned at a first call.
+"""
+
+import json
+import os
+import warnings
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+KINDS = ("uniform", "runs", "means", "int8")
+"""Equal blocks; blocks of any size or padding; with block means; INT8 queries and keys."""
+DEFAULT = "sm_80"
+"""The architecture whose rows serve one that has none."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """How one kind of call is compiled."""
+
+    tile_q: int
+    tile_k: int
+    warps: int
+    stages: int
+    max_registers: int | None = None
+    """Registers per thread that the compiler may use; None leaves it the choice."""
+    why: str = ""
+
+    def options(self) -> dict[str, Any]:
+        """Launch options for Triton."""
+        options: dict[str, Any] = dict(num_warps=self.warps, num_stages=self.stages)
+        if self.max_registers is not None:
+            options["maxnreg"] = self.max_registers
+        return options
+
+
+def config_for(
+    device: torch.device, head_dim: int, dtype: torch.dtype, kind: str, max_query_block: int, max_key_block: int
+) -> Config:
+    """The row for this call, with tiles no larger than the blocks."""
+    row = _row(architecture_of(device), _head_dim_class(head_dim), dtype.itemsize * 8, kind)
+    return fitted(row, max_query_block, max_key_block)
+
+
+def fitted(config: Config, max_query_block: int, max_key_block: int) -> Config:
+    """`config` with smaller tiles if blocks are smaller; half the queries need half the warps."""
+    tile_q = min(config.tile_q, max(16, triton.next_power_of_2(max_query_block)))
+    tile_k = min(config.tile_k, max(16, triton.next_power_of_2(max_key_block)))
+    warps = max(min(4, config.warps), config.warps * tile_q // config.tile_q)
+    return Config(tile_q, tile_k, warps, config.stages, config.max_registers, config.why)
+
+
+def architecture_of(device: torch.device) -> str:
+    """`sm_90`, `gfx942` …, or `interpreter` for CPU tensors."""
+    if device.type == "cpu":
+        return "interpreter"
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def precision_of(device: torch.device, head_dim: int) -> str:
+    """How float32 products are made; 16-bit and INT8 ones do not heed it.
+
+    Up to head dimension 128, NVIDIA's tensor cores make them of three TF32 products, exact enough for FlashAttention's
+    rule. Wider heads would spill registers so, and multiply without tensor cores.
+    """
+    return "ieee" if device.type == "cpu" or torch.version.hip or head_dim > 128 else "tf32x3"
+
+
+def user_file() -> Path:
+    """Where `bench attention --tune` writes: $POINTILLIST_CONFIGS, or kernels.json in the user's configuration."""
+    base = Path(os.environ.get("XDG_CONFIG_HOME", Path.home() / ".config"))
+    return Path(os.environ.get("POINTILLIST_CONFIGS", base / "pointillist" / "kernels.json"))
+
+
+def shipped() -> dict[str, dict[str, Config]]:
+    """Architecture → "head dimension/bits/kind" → configuration, of the table that ships."""
+    return _parsed(files("pointillist.kernels.triton").joinpath("configs.json").read_text(encoding="utf-8"))
+
+
+def save_tuned(architecture: str, rows: dict[str, Config]) -> Path:
+    """Add measured rows to the user's file: written beside it, then renamed."""
+    path = user_file()
+    known = _parsed(path.read_text(encoding="utf-8")) if path.exists() else {}
+    known[architecture] = {**known.get(architecture, {}), **rows}
+    text = {arch: {key: asdict(row) for key, row in each.items()} for arch, each in known.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".tmp")
+    beside.write_text(json.dumps(text, indent=1) + "\n", encoding="utf-8")
+    beside.replace(path)
+    _tables.cache_clear()
+    _row.cache_clear()
+    return path
+
+
+def _parsed(text: str) -> dict[str, dict[str, Config]]:
+    return {arch: {key: Config(**row) for key, row in rows.items()} for arch, rows in json.loads(text).items()}
+
+
+def _head_dim_class(head_dim: int) -> int:
+    """64, 128 or 256: the width that a head dimension is computed at, as far as resources go."""
+    return next(width for width in (64, 128, 256) if head_dim <= width)
+
+
+@lru_cache
+def _tables() -> tuple[dict[str, dict[str, Config]], dict[str, dict[str, Config]]]:
+    path = user_file()
+    try:
+        tuned = _parsed(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a table of kernel configurations ({error}); mend or delete it") from error
+    return tuned, shipped()
+
+
+@lru_cache
+def _row(architecture: str, head_dim: int, bits: int, kind: str) -> Config:
+    tuned, table = _tables()
+    key = f"{head_dim}/{bits}/{kind}"
+    if key in tuned.get(architecture, {}):
+        return tuned[architecture][key]
+    if architecture not in table:
+        warnings.warn(
+            f"no tested kernel configuration for {architecture}: using those of {DEFAULT}; "
+            "`pointillist bench attention --tune` measures better ones",
+            stacklevel=2,
+        )
+        architecture = DEFAULT
+    return table[architecture][key]
