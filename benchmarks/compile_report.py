@@ -4,8 +4,9 @@
 
 Needs no GPU: Triton brings the assemblers. For each architecture and each row of `configs.json` it finds registers,
 bytes spilled, shared memory against the architecture's limit, and which matrix instructions the machine code holds;
-from these, how many programs fit on a unit at a time. Exit code 1 if a kernel spills, does not fit, or does not use
-the architecture's matrix instructions.
+from these, how many programs fit on a unit at a time. From that and the architecture's rates it estimates the speed of
+16-bit attention (`estimate`); no estimate is a measurement. Exit code 1 if a kernel spills, does not fit, or does not
+use the architecture's matrix instructions.
 """
 
 import argparse
@@ -44,6 +45,10 @@ class Architecture:
     shared_per_unit: int
     registers_per_unit: int
     warps_per_unit: int
+    peak_tflops: float
+    """Dense bf16 with float32 sums."""
+    flops_per_clock: int
+    """Of one unit, likewise; exponentials are 16 a clock on all of them."""
     matrix: str
     """Pattern of the matrix instructions in its machine code, 16-bit and INT8."""
     matrix_int8: str
@@ -51,19 +56,29 @@ class Architecture:
 
 HMMA, IMMA = r"\bHMMA\.", r"\bIMMA\."
 ARCHITECTURES = {
-    "sm_80": Architecture(GPUTarget("cuda", 80, 32), "A100", 166912, 167936, 65536, 64, HMMA, IMMA),
-    "sm_89": Architecture(GPUTarget("cuda", 89, 32), "RTX 4090, L40", 101376, 102400, 65536, 48, HMMA, IMMA),
+    "sm_80": Architecture(GPUTarget("cuda", 80, 32), "A100", 166912, 167936, 65536, 64, 312, 2048, HMMA, IMMA),
+    "sm_89": Architecture(GPUTarget("cuda", 89, 32), "RTX 4090", 101376, 102400, 65536, 48, 165, 512, HMMA, IMMA),
     "sm_90": Architecture(
-        GPUTarget("cuda", 90, 32), "H100, H200", 232448, 233472, 65536, 64, r"\bHGMMA\.", r"\bIGMMA\."
+        GPUTarget("cuda", 90, 32), "H100, H200", 232448, 233472, 65536, 64, 989, 4096, r"\bHGMMA\.", r"\bIGMMA\."
     ),
     "sm_100": Architecture(  # Triton before 3.9 has no tcgen05 for INT8 and takes the older instruction
-        GPUTarget("cuda", 100, 32), "B200", 232448, 233472, 65536, 64, r"\bUTCHMMA\b", r"\bUTC[IQ]MMA\b|\bIMMA\."
+        GPUTarget("cuda", 100, 32),
+        "B200",
+        232448,
+        233472,
+        65536,
+        64,
+        2250,
+        8192,
+        r"\bUTCHMMA\b",
+        r"\bUTC[IQ]MMA\b|\bIMMA\.",
     ),
-    "sm_120": Architecture(GPUTarget("cuda", 120, 32), "RTX 5090", 101376, 102400, 65536, 48, HMMA, IMMA),
+    "sm_120": Architecture(GPUTarget("cuda", 120, 32), "RTX 5090", 101376, 102400, 65536, 48, 210, 512, HMMA, IMMA),
     "gfx942": Architecture(
-        GPUTarget("hip", "gfx942", 64), "MI300X", 65536, 65536, 131072, 32, r"v_mfma_f32", r"v_mfma_i32"
+        GPUTarget("hip", "gfx942", 64), "MI300X", 65536, 65536, 131072, 32, 1307, 2048, r"v_mfma_f32", r"v_mfma_i32"
     ),
 }
+FP8 = ("sm_89", "sm_90", "sm_100", "sm_120")
 POINTERS = {16: "*bf16", 32: "*fp32", 8: "*i8"}
 
 
@@ -88,8 +103,12 @@ def attention_cases(name: str) -> list[Case]:
     architecture, cases = ARCHITECTURES[name], []
     for key, row in shipped()[name].items():
         head_dim, bits, kind = int(key.split("/")[0]), int(key.split("/")[1]), key.split("/")[2]
-        # for "uniform": the lengths divide, or the last block is short
-        variants = [("even", 128), ("ragged", 128), ("ragged", 64)] if kind == "uniform" else [("", 128), ("", 64)]
+        # of "uniform", the lengths divide or the last block is short; of "int8", values may be in FP8
+        variants = [("", 128), ("", 64)]
+        if kind == "uniform":
+            variants = [("even", 128), ("ragged", 128), ("ragged", 64)]
+        if kind == "int8" and bits == 16 and name in FP8:
+            variants += [("fp8", 128), ("fp8", 64)]
         seen = set()
         for variant, block in variants:
             config = fitted(row, block, block)
@@ -99,14 +118,17 @@ def attention_cases(name: str) -> list[Case]:
             element = POINTERS[bits]
             types = dict.fromkeys(("Q", "K"), "*i8" if kind == "int8" else element)
             types |= dict.fromkeys(("V", "OUT", "MEAN_K", "MEAN_V"), element)
+            if variant == "fp8":
+                types["V"] = "*fp8e4nv"
             types |= dict(VALID="*i1", PAIRS="*i8", scale_log2="fp32")
-            types |= dict.fromkeys(("LSE", "QUERY_SCALES", "KEY_SCALES", "LOG_COUNTS"), "*fp32")
+            types |= dict.fromkeys(("LSE", "QUERY_SCALES", "KEY_SCALES", "VALUE_SCALES", "LOG_COUNTS"), "*fp32")
             types |= dict.fromkeys(("WORK", "LIST"), "*i32")
             constants = dict(
                 HEAD_DIM=head_dim, BLOCK_D=head_dim, TILE_Q=config.tile_q, TILE_K=config.tile_k,
                 KEY_BLOCK=block if kind == "uniform" else 0, RAGGED=variant == "ragged",
                 HAS_VALID=False, HAS_MEANS=kind == "means",
                 SCALE_GROUP=GROUP if kind == "int8" else 0, PRECISION=_precision(name, head_dim),
+                FP8_VALUES=variant == "fp8",
             )  # fmt: skip
             matrix = None if bits == 32 else architecture.matrix_int8 if kind == "int8" else architecture.matrix
             label = f"{kind} {variant} {block}".replace("  ", " ")
@@ -211,6 +233,38 @@ def examine(case: Case) -> dict[str, Any]:
     return row
 
 
+EXPONENTIALS_PER_CLOCK = 16
+ESTIMATED_AT = dict(tokens=32768, density=0.25)
+TILE_OVERHEAD = 2.5
+"""Loading queries, filling the pipeline and writing out cost as much as so many tiles of 64 keys: an assumption."""
+
+
+def estimate(row: dict[str, Any]) -> dict[str, Any] | None:
+    """TFLOP/s of a 16-bit row, from two limits: products and exponentials one after the other, or side by side.
+
+    One program on a unit runs them one after the other; of two, one may multiply while the other takes exponentials.
+    Memory does not limit: K and V of a head lie in the second-level cache.
+    """
+    if (
+        row["kernel"] != "block_sparse"
+        or row["bits"] != 16
+        or row["head_dim"] > 128
+        or row["kind"] != "uniform even 128"
+    ):
+        return None
+    architecture = ARCHITECTURES[row["architecture"]]
+    products = 4 * row["head_dim"] / architecture.flops_per_clock  # clocks for one query and one key
+    exponentials = 1 / EXPONENTIALS_PER_CLOCK
+    tiles = ESTIMATED_AT["tokens"] * ESTIMATED_AT["density"] / 64
+    kept_up = tiles / (tiles + TILE_OVERHEAD)
+    apart = architecture.peak_tflops * kept_up * products / (products + exponentials)
+    together = architecture.peak_tflops * kept_up * products / max(products, exponentials)
+    return dict(
+        architecture=row["architecture"], gpus=architecture.gpus, head_dim=row["head_dim"],
+        programs_per_unit=row["programs_per_unit"], tflops_apart=round(apart), tflops_together=round(together),
+    )  # fmt: skip
+
+
 def _faults(row: dict[str, Any], architecture: Architecture, matrix: str | None) -> list[str]:
     faults = []
     if row["spilled"]:
@@ -282,7 +336,9 @@ def main() -> None:
     with ProcessPoolExecutor(os.process_cpu_count() if hasattr(os, "process_cpu_count") else os.cpu_count()) as pool:
         rows = list(pool.map(examine, cases, chunksize=4))
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps({"triton": triton.__version__, "rows": rows}, indent=1) + "\n")
+    estimates = [made for row in rows if (made := estimate(row)) is not None]
+    result = {"triton": triton.__version__, "rows": rows, "estimated_at": ESTIMATED_AT, "estimates": estimates}
+    args.output.write_text(json.dumps(result, indent=1) + "\n")
 
     table = Table(title=f"compiled by Triton {triton.__version__}; nothing here was run on a GPU")
     for heading in ("", "kernel", "D", "bits", "tiles", "warps", "registers", "shared KiB", "programs/unit", "faults"):
@@ -293,6 +349,12 @@ def main() -> None:
             f"{row['tile_q']}×{row['tile_k']}", str(row["warps"]), str(row["registers"]),
             f"{row['shared'] / 1024:.0f}", str(row["programs_per_unit"]), "; ".join(row["faults"]) or "none",
         )  # fmt: skip
+    Console(width=140).print(table)
+    table = Table(title=f"estimated, not measured: TFLOP/s at {ESTIMATED_AT}")
+    for heading in ("", "GPUs", "D", "programs/unit", "one after the other", "side by side"):
+        table.add_column(heading)
+    for made in estimates:
+        table.add_row(*(str(value) for value in made.values()))
     Console(width=140).print(table)
     faulty = sum(bool(row["faults"]) for row in rows)
     print(f"{len(rows)} kernels compiled, {faulty} with faults: {args.output}")

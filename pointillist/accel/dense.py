@@ -24,7 +24,6 @@ class DenseAttention:
 
     def __init__(self, wish: str) -> None:
         self._wish = wish
-        self._fastest: dict[tuple, str] = {}
         self.choice = (wish, "asked for")
         if wish == "auto":
             self.choice = ("diffusers", "what the pipeline asks for")
@@ -39,30 +38,35 @@ class DenseAttention:
 
     def _by_the_fastest(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> torch.Tensor:
         shape = (q.device, q.dtype, *q.shape)
-        if shape not in self._fastest:
-            self._fastest[shape] = self._measure(q, k, v, scale)
-        return bridge.dense_attention(self._fastest[shape])(q, k, v, scale)
+        if shape not in _measured:
+            _measured[shape] = _measure(q, k, v, scale)
+        self.choice = _measured[shape]
+        return bridge.dense_attention(self.choice[0])(q, k, v, scale)
 
-    def _measure(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> str:
-        seconds: defaultdict[str, list[float]] = defaultdict(list)
-        failed: set[str] = set()
-        for round_ in range(ROUNDS + 1):
-            for name in FASTEST_OF:
-                if name in failed:
-                    continue
-                try:
-                    bridge.check_dense_backend(name)
-                    started = time.perf_counter()
-                    bridge.dense_attention(name)(q, k, v, scale)
-                    if q.is_cuda:
-                        torch.cuda.synchronize(q.device)
-                except (RuntimeError, ValueError, NotImplementedError, ImportError):
-                    failed.add(name)  # it does not run here, and so is none of the fastest
-                    continue
-                if round_:
-                    seconds[name].append(time.perf_counter() - started)
-        medians = {name: statistics.median(each) for name, each in seconds.items()}
-        in_order = sorted(medians, key=lambda name: medians[name])
-        listed = ", ".join(f"{name} {medians[name] * 1e3:.1f} ms" for name in in_order)
-        self.choice = (in_order[0], f"the fastest here for {q.shape[1]} tokens: {listed}")
-        return in_order[0]
+
+_measured: dict[tuple, tuple[str, str]] = {}
+"""(device, dtype, shape) → the fastest, and the figures: facts of this machine, the same for every pipeline."""
+
+
+def _measure(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> tuple[str, str]:
+    seconds: defaultdict[str, list[float]] = defaultdict(list)
+    failed: set[str] = set()
+    for round_ in range(ROUNDS + 1):
+        for name in FASTEST_OF:
+            if name in failed:
+                continue
+            try:
+                bridge.check_dense_backend(name)
+                started = time.perf_counter()
+                bridge.dense_attention(name)(q, k, v, scale)
+                if q.is_cuda:
+                    torch.cuda.synchronize(q.device)
+            except (RuntimeError, ValueError, NotImplementedError, ImportError):
+                failed.add(name)  # it does not run here, and so is none of the fastest
+                continue
+            if round_:
+                seconds[name].append(time.perf_counter() - started)
+    medians = {name: statistics.median(each) for name, each in seconds.items()}
+    in_order = sorted(medians, key=lambda name: medians[name])
+    listed = ", ".join(f"{name} {medians[name] * 1e3:.1f} ms" for name in in_order)
+    return in_order[0], f"the fastest here for {q.shape[1]} tokens: {listed}"

@@ -56,7 +56,8 @@ def command(
     request = GenerateRequest(
         prompt=prompt, output=output, model=model, negative_prompt=negative_prompt, steps=steps, seed=seed,
         width=width, height=height, frames=frames, guidance=guidance, shift=shift, fps=fps, speed=speed, plan=plan,
-        pattern=pattern, density=density, tail=tail, dense=dense, compare=compare, device=device, dtype=dtype, download=download,
+        pattern=pattern, density=density, tail=tail, dense=dense, compare=compare, device=device, dtype=dtype,
+        download=download,
     )  # fmt: skip
     _quieten()
     _hint_at_words(request)

@@ -66,7 +66,8 @@ def attention_rows(
             work[f"with tail {density:g}"] = partial(attention_with_pooled_tail, q, k, v, layout)
         work[f"selection {density:g}"] = partial(select, q, k, density)
         if device.type == "cuda" and density < 1 and dtype != torch.float32:
-            work[f"int8 {density:g}"] = partial(block_sparse_attention, q, k, v, layout, int8=True)
+            for kind in ("int8", "int8_fp8"):
+                work[f"{kind} {density:g}"] = partial(block_sparse_attention, q, k, v, layout, quantized=kind)
         if flex:
             work[f"flex {density:g}"] = flex_attention_of(q, k, v, layout)
     seconds, failed = interleaved(work, rounds, device)

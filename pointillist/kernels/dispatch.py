@@ -14,6 +14,7 @@ import torch
 from pointillist.kernels import reference
 from pointillist.kernels.layout import BlockLayout, bounds_per_head, uniform_bounds
 from pointillist.kernels.pooling import Means, dropped_of, in_order, means_of, restore_order, valid_places
+from pointillist.kernels.quantization import KINDS as QUANTIZED
 from pointillist.kernels.quantization import from_int8, quantize
 
 BACKENDS = ("reference", "cpu", "triton")
@@ -69,7 +70,7 @@ def block_sparse_attention(
     backend: str = "auto",
     *,
     query_blocks: torch.Tensor | None = None,
-    int8: bool = False,
+    quantized: str = "none",
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention over the kept pairs of `layout`, forward only.
 
@@ -78,7 +79,8 @@ def block_sparse_attention(
         scale: of the scores, above 0; D^-0.5 if None.
         return_lse: also return the log-sum-exp of every row, float32 [B, H, Sq], natural log.
         query_blocks: int64 [n], the only query blocks to compute; None is all. Rows of the others give 0 and −inf.
-        int8: the product QKᵀ in INT8 (`quantization.py`). Faster in Triton; elsewhere the same rounding, not faster.
+        quantized: `int8`, the product QKᵀ in INT8, or `int8_fp8`, the product with v in FP8 as well
+            (`quantization.py`). For speed in Triton; elsewhere the same rounding and no speed.
 
     Returns:
         out [B, H, Sq, D], and lse if asked for. A row that sees nothing gives 0 and −inf.
@@ -86,7 +88,7 @@ def block_sparse_attention(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit each other, or a backend that cannot run here.
     """
-    out, lse = _attention(q, k, v, layout, scale, backend, None, query_blocks, int8)
+    out, lse = _attention(q, k, v, layout, scale, backend, None, query_blocks, quantized)
     return (out, lse) if return_lse else out
 
 
@@ -213,16 +215,18 @@ def _attention(
     backend: str,
     means: Means | None,
     query_blocks: torch.Tensor | None = None,
-    int8: bool = False,
+    quantized: str = "none",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     _check(q, k, v, layout, scale, query_blocks)
+    if quantized not in QUANTIZED:
+        raise ValueError(f"quantized is {quantized!r}; allowed are {', '.join(QUANTIZED)}")
     if means is not None:
         _check_means(q, means, layout)
     return torch.ops.pointillist.attention(
         q, k, v, layout.query_bounds, layout.key_bounds, layout.indptr, layout.columns, layout.max_query_block,
         layout.max_key_block, layout.uniform, layout.query_order, layout.key_order, layout.key_lengths,
         *(None,) * 4 if means is None else (means.keys, means.values, means.log_counts, means.pairs),
-        query_blocks, q.shape[-1] ** -0.5 if scale is None else float(scale), backend, int8,
+        query_blocks, q.shape[-1] ** -0.5 if scale is None else float(scale), backend, quantized,
     )  # fmt: skip
 
 
@@ -248,7 +252,7 @@ def _attention_op(
     query_blocks: torch.Tensor | None,
     scale: float,
     backend: str,
-    int8: bool,
+    quantized: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`reference.attention` on the chosen backend, a layout and means given by their parts."""
     layout = BlockLayout(
@@ -261,21 +265,18 @@ def _attention_op(
         means = Means(mean_k, mean_v, log_counts, pairs)
     name, _ = choose_backend(q.device, backend)
     attend = _backend(name)
-    if not int8:
+    if quantized == "none":
         return attend(q, k, v, layout, scale, means, query_blocks)
-    quantized = quantize(q, k, layout)
+    rounded = quantize(q, k, layout, v if quantized == "int8_fp8" else None)
     if name == "triton":
-        out, lse = attend(q, k, v, layout, scale, means, query_blocks, quantized)
+        out, lse = attend(q, k, v, layout, scale, means, query_blocks, rounded)
     else:
-        (rounded_q, rounded_k) = (
-            restore_order(from_int8(x, scales), order).to(q.dtype)
-            for x, scales, order in (
-                (quantized.q, quantized.q_scales, query_order),
-                (quantized.k, quantized.k_scales, key_order),
-            )
-        )
+        rounded_q = restore_order(from_int8(rounded.q, rounded.q_scales), query_order).to(q.dtype)
+        rounded_k = restore_order(from_int8(rounded.k, rounded.k_scales), key_order).to(k.dtype)
+        if rounded.v is not None:
+            v = restore_order((rounded.v.float() * rounded.v_scales[:, :, None]), key_order).to(v.dtype)
         out, lse = attend(rounded_q, rounded_k, v, layout, scale, means, query_blocks)
-    return out, lse + quantized.lse_shift(q, scale).to(lse.dtype)
+    return out, lse + rounded.lse_shift(q, scale).to(lse.dtype)
 
 
 @_attention_op.register_fake

@@ -8,11 +8,12 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
+import torch
 
 
 @pytest.fixture(scope="session", autouse=True)
 def bfloat16_dot():
-    """The interpreter keeps bfloat16 as bit patterns and multiplies those; give it a product that widens first."""
+    """The interpreter keeps bfloat16 and FP8 as bit patterns and multiplies those; give it a product that widens."""
     if importlib.util.find_spec("triton") is None:  # then the tests of that backend say so themselves
         yield
         return
@@ -24,10 +25,12 @@ def bfloat16_dot():
     def widened(handle):
         if handle.dtype.scalar == tl.bfloat16:
             return (handle.data.astype(np.uint32) << 16).view(np.float32)
+        if handle.dtype.scalar == tl.float8e4nv:
+            return torch.from_numpy(handle.data.astype(np.uint8)).view(torch.float8_e4m3fn).float().numpy()
         return handle.data
 
     def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
-        if tl.bfloat16 in (a.dtype.scalar, b.dtype.scalar):
+        if {tl.bfloat16, tl.float8e4nv} & {a.dtype.scalar, b.dtype.scalar}:
             product = np.matmul(widened(a), widened(b), dtype=d.data.dtype) + d.data
             return interpreter.TensorHandle(product, d.dtype.scalar)
         return plain(self, a, b, d, input_precision, max_num_imprecise_acc)

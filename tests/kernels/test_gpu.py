@@ -80,7 +80,7 @@ def test_clusters_tail_and_int8(dtype, head_dim):
     exact, _ = reference.attention(q.double(), k.double(), v.double(), layout, head_dim**-0.5)
     plain = plain_attention(q, k, v, layout)
     assert within_rule(block_sparse_attention(q, k, v, layout), exact, plain)
-    rounded = block_sparse_attention(q, k, v, layout, int8=True)
+    rounded = block_sparse_attention(q, k, v, layout, quantized="int8")
     assert (rounded.double() - exact).norm() < 0.05 * exact.norm()
     tailed = attention_with_pooled_tail(q, k, v, layout)
     expected = attention_with_pooled_tail(q.double(), k.double(), v.double(), layout, backend="reference")

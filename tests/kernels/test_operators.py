@@ -49,7 +49,7 @@ def test_the_operator_is_what_it_declares(backend):
     torch.library.opcheck(
         torch.ops.pointillist.attention.default,
         (q, k, v, layout.query_bounds, layout.key_bounds, layout.indptr, layout.columns, 16, 16, True, None, None, None,
-         None, None, None, None, None, 0.25, backend, False),
+         None, None, None, None, None, 0.25, backend, "none"),
         test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
     )  # fmt: skip
 
@@ -63,7 +63,7 @@ def one_step():
     layout = BlockLayout.from_mask(kept, 64, 64, 256, 256, pairs=32, query_order=order, key_order=order)
     out, lse = block_sparse_attention(q, k, v, layout, return_lse=True, **on)
     attention_with_pooled_tail(q, k, v, layout, **on)
-    block_sparse_attention(q, k, v, layout, int8=True, query_blocks=torch.arange(2), **on)
+    block_sparse_attention(q, k, v, layout, quantized="int8", query_blocks=torch.arange(2), **on)
     linear_attention(q, k, v, torch.relu, layout, **on)
     masses = block_masses(q, k, lse, layout, **on)
     queries, keys = k_means(q, 5, iterations=2), k_means(k, 7, iterations=2, centroids=k[:, :, :7])

@@ -2,7 +2,7 @@
 
 FlashAttention-2's forward pass (Dao 2023, Algorithm 1) over a work list (`worklist.py`). One body serves exact
 blocks, block means (a pooled tail, the levels of a pyramid) and both in one softmax (Sol-Attn), and takes INT8
-queries and keys with a scale per group of places (SageAttention).
+queries and keys with a scale per group of places and values in FP8 (SageAttention).
 """
 
 import torch
@@ -12,17 +12,18 @@ import triton.language as tl
 from pointillist.kernels.layout import BlockLayout
 from pointillist.kernels.pooling import Means, in_order, restore_order, valid_places
 from pointillist.kernels.quantization import GROUP, Quantized
-from pointillist.kernels.triton.configs import Config, config_for, precision_of
+from pointillist.kernels.triton.configs import Config, architecture_of, config_for, has_fp8, precision_of
 from pointillist.kernels.triton.worklist import work_of
 
 MAX_HEAD_DIM = 256
 LOG2_E = tl.constexpr(1.4426950408889634)
+FP8_MAX = tl.constexpr(448.0)
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
 def forward(
-    Q, K, V, OUT, LSE, WORK, LIST, VALID, QUERY_SCALES, KEY_SCALES,
+    Q, K, V, OUT, LSE, WORK, LIST, VALID, QUERY_SCALES, KEY_SCALES, VALUE_SCALES,
     MEAN_K, MEAN_V, LOG_COUNTS, PAIRS,
     scale_log2, programs, heads, q_len, k_len, means,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
@@ -30,7 +31,7 @@ def forward(
     stride_mb, stride_mh, stride_ms, stride_lb, stride_lh, stride_pb, stride_ph, stride_ps,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
     KEY_BLOCK: tl.constexpr, RAGGED: tl.constexpr, HAS_VALID: tl.constexpr,
-    HAS_MEANS: tl.constexpr, SCALE_GROUP: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_MEANS: tl.constexpr, SCALE_GROUP: tl.constexpr, PRECISION: tl.constexpr, FP8_VALUES: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     head_of_batch = tl.load(WORK + program)
@@ -116,6 +117,9 @@ def forward(
                 scores * scale_log2 + bias[None, :], 1.0, mean_v, highest, total, acc, True, PRECISION
             )
 
+    if FP8_VALUES:
+        v_scale = tl.load(VALUE_SCALES + head_of_batch.to(tl.int64) * HEAD_DIM + dims, mask=dim_ok)
+        acc = acc * (v_scale / FP8_MAX)[None, :]
     empty = total == 0.0
     total = tl.where(empty, 1.0, total)
     tl.store(
@@ -170,6 +174,8 @@ def _accumulate(scores, scale_log2, v, highest, total, acc, MAY_BE_EMPTY: tl.con
     rescale = tl.math.exp2(highest - anchor)
     total = total * rescale + tl.sum(weights, 1)
     acc = acc * rescale[:, None]
+    if v.dtype == tl.float8e4nv:  # weights lie in 0 to 1; FP8 is finest near its largest number
+        weights = weights * FP8_MAX
     acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
     return new_highest, total, acc
 
@@ -186,7 +192,7 @@ def attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `reference.attention`; head dimensions up to 256; lse is float32.
 
-    `quantized` holds q and k in INT8, both in place order; then the lse is that of the smoothed keys.
+    `quantized` holds q and k in INT8 and perhaps v in FP8, in place order; then the lse is that of the smoothed keys.
 
     Raises:
         ValueError: a dtype or head dimension that this kernel does not compute.
@@ -196,6 +202,11 @@ def attention(
         raise ValueError(
             f"the triton backend computes float16, bfloat16 and float32 up to head dimension {MAX_HEAD_DIM}; "
             f'this is {q.dtype} with {head_dim}: use backend="reference"'
+        )
+    if quantized is not None and quantized.v is not None and not has_fp8(q.device):
+        raise ValueError(
+            f"quantized='int8_fp8' needs FP8 matrix instructions (sm_89 and later); this is "
+            f"{architecture_of(q.device)}: use quantized='int8'"
         )
     kind = kind_of(layout, means, quantized)
     config = config_for(q.device, head_dim, q.dtype, kind, layout.max_query_block, layout.max_key_block)
@@ -229,7 +240,8 @@ def launch(
     if query_blocks is not None:
         out.zero_()
         lse.fill_(float("-inf"))
-    v = in_order(v, layout.key_order)
+    value_scales = lse if quantized is None or quantized.v_scales is None else quantized.v_scales
+    v = in_order(v, layout.key_order) if quantized is None or quantized.v is None else quantized.v
     if quantized is None:
         q, k, query_scales, key_scales = in_order(q, layout.query_order), in_order(k, layout.key_order), lse, lse
     else:
@@ -241,7 +253,7 @@ def launch(
     mean_k, mean_v, log_counts, pairs, mean_strides = _laid_out(means, batch, heads, lse)
     forward[(work.programs,)](
         q, k, v, out, lse, work.table, work.keys, lse if valid is None else valid,
-        query_scales, key_scales, mean_k, mean_v, log_counts, pairs,
+        query_scales, key_scales, value_scales, mean_k, mean_v, log_counts, pairs,
         scale * LOG2_E.value, work.programs, heads, q_len, layout.k_len, 0 if means is None else mean_k.shape[2],
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *valid_strides,
         *mean_strides,
@@ -250,6 +262,7 @@ def launch(
         RAGGED=work.key_block > 0 and layout.k_len % work.key_block > 0,
         HAS_VALID=valid is not None, HAS_MEANS=means is not None,
         SCALE_GROUP=0 if quantized is None else GROUP, PRECISION=precision_of(q.device, head_dim),
+        FP8_VALUES=v.dtype == torch.float8_e4m3fn,
         **config.options(),
     )  # fmt: skip
     return restore_order(out, layout.query_order), restore_order(lse[..., None], layout.query_order)[..., 0]

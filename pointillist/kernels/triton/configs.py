@@ -69,6 +69,12 @@ def architecture_of(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
+def has_fp8(device: torch.device) -> bool:
+    """Whether the device multiplies float8_e4m3fn; AMD's FP8 of gfx942 is another format."""
+    name = architecture_of(device)
+    return name == "interpreter" or (name.startswith("sm_") and int(name[3:]) >= 89)
+
+
 def precision_of(device: torch.device, head_dim: int) -> str:
     """How float32 products are made; 16-bit and INT8 ones do not heed it.
 
