@@ -7,7 +7,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pointillist.accel import AccelerateError, Plan, PlanError, accelerate
+    from pointillist.accel.accelerate import accelerate
+    from pointillist.accel.conflicts import AccelerateError
+    from pointillist.accel.plan import Plan, PlanError
     from pointillist.pipelines.generate import generate
     from pointillist.pipelines.load import defaults, load_pipeline
 
@@ -15,10 +17,10 @@ __version__ = "0.1.0"
 __all__ = ["AccelerateError", "Plan", "PlanError", "accelerate", "defaults", "generate", "load_pipeline"]
 
 _HOMES = {
-    "AccelerateError": "pointillist.accel",
-    "Plan": "pointillist.accel",
-    "PlanError": "pointillist.accel",
-    "accelerate": "pointillist.accel",
+    "AccelerateError": "pointillist.accel.conflicts",
+    "Plan": "pointillist.accel.plan",
+    "PlanError": "pointillist.accel.plan",
+    "accelerate": "pointillist.accel.accelerate",
     "defaults": "pointillist.pipelines.load",
     "generate": "pointillist.pipelines.generate",
     "load_pipeline": "pointillist.pipelines.load",

@@ -123,18 +123,23 @@ def original_attention(attention: Any) -> SiteHandler:
     return attend
 
 
-def check_dense_backend(name: str) -> None:
-    """Raises ValueError unless Diffusers has an attention backend `name` whose packages are installed."""
+def check_dense_backend(name: str, device: torch.device) -> None:
+    """Raises ValueError unless Diffusers has an attention backend `name` that runs on `device`: a tiny call is made."""
     known = [member.value for member in AttentionBackendName if member.value != _NAME]
     if name not in known:
         raise ValueError(f"dense={name!r} is unknown; allowed are auto, fastest, {', '.join(known)}")
-    backend = AttentionBackendName(name)
+    if name.endswith("_hub"):
+        raise ValueError(
+            f"dense={name!r} is fetched from the Hub when it is set; call transformer.set_attention_backend({name!r}) "
+            "yourself and leave dense='auto'"
+        )
     try:
-        _check_attention_backend_requirements(backend)
-    except RuntimeError as error:
-        raise ValueError(f"dense={name!r} cannot run here: {error}") from error
-    if backend not in _AttentionBackendRegistry._backends:
-        raise ValueError(f"dense={name!r} cannot run here: this version of Diffusers does not register it")
+        _check_attention_backend_requirements(AttentionBackendName(name))
+        x = torch.zeros(1, 64, 1, 64, device=device, dtype=torch.float32 if device.type == "cpu" else torch.bfloat16)
+        dense_attention(name)(x, x, x, None)
+    except Exception as error:  # whatever a foreign backend raises, it does not run
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"dense={name!r} cannot run on {device}: {first}") from error
 
 
 def dense_attention(name: str) -> SiteHandler:

@@ -29,8 +29,10 @@ def choose_plan(wish: Plan | str | os.PathLike[str], targets: tuple[Target, ...]
         choice = Choice(None, "asked for none: Diffusers' own attention, only measured")
     elif wish == "auto":
         choice = _automatic(targets)
-    else:
+    elif isinstance(wish, str | os.PathLike):
         choice = Choice(Plan.load(wish), f"from {os.fspath(wish)}")
+    else:
+        raise AccelerateError(f"plan is a {type(wish).__name__}; it must be a Plan, the path of one, 'auto' or 'none'")
     if choice.plan is not None:
         for target in targets:
             try:

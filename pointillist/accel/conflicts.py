@@ -52,8 +52,9 @@ def check_arguments(pipe: Any, cache: str | None, regions: str | None, backend: 
                 f"{name}={value!r} is not available; allowed are 'auto' (what the plan says) and 'none'"
             )
     try:
-        choose_backend(getattr(pipe, "_execution_device", pipe.device), backend)  # they differ when offloading
-        check_dense(dense)
+        device = torch.device(getattr(pipe, "_execution_device", pipe.device))  # they differ when offloading
+        choose_backend(device, backend)
+        check_dense(dense, device)
     except ValueError as error:
         raise AccelerateError(str(error)) from error
 

@@ -13,10 +13,10 @@ FASTEST_OF = ("native", "_native_cudnn", "_native_flash", "_native_efficient", "
 ROUNDS = 3
 
 
-def check_dense(wish: str) -> None:
-    """Raises ValueError unless `wish` is `auto`, `fastest` or a backend that Diffusers has and can run here."""
+def check_dense(wish: str, device: torch.device) -> None:
+    """Raises ValueError unless `wish` is `auto`, `fastest` or a backend of Diffusers that runs on `device`."""
     if wish not in ("auto", "fastest"):
-        bridge.check_dense_backend(wish)
+        bridge.check_dense_backend(wish, device)
 
 
 class DenseAttention:
@@ -56,7 +56,7 @@ def _measure(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | N
             if name in failed:
                 continue
             try:
-                bridge.check_dense_backend(name)
+                bridge.check_dense_backend(name, q.device)
                 started = time.perf_counter()
                 bridge.dense_attention(name)(q, k, v, scale)
                 if q.is_cuda:

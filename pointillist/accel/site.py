@@ -77,7 +77,7 @@ class Site:
         if all(pattern.keep == tiles for pattern in patterns):
             return None
         density = sum(pattern.keep for pattern in patterns) / len(patterns) / tiles
-        if plan.break_even and density > BREAK_EVEN[self._runtime.backend(device)[0]]:
+        if plan.break_even and density > BREAK_EVEN[self._runtime.backend(device)[0], plan.tail == "pooled"]:
             return self._fall_back(f"density {density:.2f} is so high that sparse attention would not be faster")
         return patterns
 

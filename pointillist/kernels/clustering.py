@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from pointillist.kernels.layout import block_of_place
-from pointillist.kernels.pooling import in_order, pool_blocks
+from pointillist.kernels.pooling import has_kernels, in_order, pool_blocks, valid_places
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,13 @@ class Clusters:
 
 
 def k_means(
-    x: torch.Tensor, count: int, *, iterations: int, seed: int = 0, centroids: torch.Tensor | None = None
+    x: torch.Tensor,
+    count: int,
+    *,
+    iterations: int = 2,
+    seed: int = 0,
+    centroids: torch.Tensor | None = None,
+    lengths: torch.Tensor | None = None,
 ) -> Clusters:
     """Cluster x [B, H, S, D] into `count` clusters by Lloyd's algorithm, on the device and deterministically.
 
@@ -35,16 +41,24 @@ def k_means(
         iterations: assignments to make; 1 or 2 are enough from centroids of the step before.
         seed: of a generator of its own, for the tokens that are the first centroids.
         centroids: [B, H, count, D] to start from instead.
+        lengths: int64 [B], valid tokens per batch entry. Padding moves no centroid; it lies in the last places, which
+            belong to the last cluster, so a layout needs the same `key_lengths`.
 
     Raises:
-        ValueError: `count` is not within 1 and S, or `centroids` have another shape.
+        ValueError: x is not [B, H, S, D], `count` is not within 1 and S, or `centroids` or `lengths` do not fit.
     """
+    if x.ndim != 4 or not x.is_floating_point():
+        raise ValueError(f"x is {x.dtype} {tuple(x.shape)}; it must be floating [B, H, S, D]")
     batch, heads, length, head_dim = x.shape
-    if not 1 <= count <= length or iterations < 1:
+    if not isinstance(count, int) or not 1 <= count <= length or iterations < 1:
         raise ValueError(f"count is {count} and iterations {iterations}; allowed are 1 to {length} and 1 or more")
+    if lengths is not None and (tuple(lengths.shape) != (batch,) or lengths.device != x.device):
+        raise ValueError(f"lengths are {tuple(lengths.shape)} on {lengths.device}; x needs ({batch},) on {x.device}")
+    valid = valid_places(length, lengths, None, x.device)
+    if valid is not None:
+        x = x.masked_fill(~valid[..., None], 0)
     if centroids is None:
-        generator = torch.Generator(device=x.device).manual_seed(seed)
-        chosen = torch.rand(batch, heads, length, device=x.device, generator=generator).topk(count, dim=-1).indices
+        chosen = first_tokens(x, count, seed, lengths)
         centroids = x.gather(2, chosen[..., None].expand(-1, -1, -1, head_dim))
     elif tuple(centroids.shape) != (batch, heads, count, head_dim):
         raise ValueError(
@@ -52,15 +66,32 @@ def k_means(
             "[B, H, count, D]"
         )
     for _ in range(iterations):
-        clusters = _sorted(nearest(x, centroids), count)
-        means, sizes = pool_blocks(in_order(x, clusters[0]), clusters[1])
+        labels = nearest(x, centroids)
+        if valid is not None:
+            labels = labels.masked_fill(~valid, count)  # behind all clusters
+        order, bounds = _sorted(labels, count)
+        means, sizes = pool_blocks(in_order(x, order), bounds, lengths, order)
         centroids = torch.where(sizes[..., None] > 0, means, centroids.to(means.dtype))  # empty ones stay
-    return Clusters(*clusters, centroids)
+    return Clusters(order, bounds, centroids)
+
+
+@torch.library.custom_op("pointillist::first_tokens", mutates_args=())
+def first_tokens(x: torch.Tensor, count: int, seed: int, lengths: torch.Tensor | None) -> torch.Tensor:
+    """int64 [B, H, count]: different valid tokens of x [B, H, S, D], drawn at random by a private generator."""
+    generator = torch.Generator(device=x.device).manual_seed(seed)
+    drawn = torch.rand(x.shape[:3], device=x.device, generator=generator)
+    valid = valid_places(x.shape[2], lengths, None, x.device)
+    return (drawn if valid is None else drawn.masked_fill(~valid, -1)).topk(count, dim=-1).indices
+
+
+@first_tokens.register_fake
+def _(x, count, seed, lengths):
+    return x.new_empty(*x.shape[:2], count, dtype=torch.int64)
 
 
 def nearest(x: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
     """int32 [B, H, S]: the number of the centroid [B, H, n, D] nearest to each token of x [B, H, S, D]."""
-    if x.is_cuda:
+    if has_kernels(x):
         from pointillist.kernels.triton.nearest import nearest as on_device
 
         return on_device(x, centroids)
@@ -76,4 +107,5 @@ def _sorted(labels: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tenso
     in_place, order = labels.sort(dim=-1, stable=True)
     edges = torch.arange(count + 1, dtype=labels.dtype, device=labels.device)
     bounds = torch.searchsorted(in_place, edges.expand(*labels.shape[:2], -1).contiguous(), out_int32=True)
+    bounds[..., -1] = labels.shape[-1]  # with padding, which has a label of its own
     return order, bounds

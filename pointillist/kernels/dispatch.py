@@ -5,22 +5,25 @@ Every one of them is an opaque operator to `torch.compile`, which sees one graph
 
 import importlib
 import importlib.util
-import math
 from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 
 from pointillist.kernels import reference
+from pointillist.kernels.checks import check_call, check_pairs, describe
 from pointillist.kernels.layout import BlockLayout, bounds_per_head, uniform_bounds
 from pointillist.kernels.pooling import Means, dropped_of, in_order, means_of, restore_order, valid_places
 from pointillist.kernels.quantization import KINDS as QUANTIZED
 from pointillist.kernels.quantization import from_int8, quantize
 
 BACKENDS = ("reference", "cpu", "triton")
-BREAK_EVEN = {"reference": 1.0, "cpu": 0.7, "triton": 0.9}
-"""The density from which on dense attention is faster: measured for `cpu` (benchmarks/results/attention_cpu.json), for
-`triton` an estimate. `reference` is there for its exactness."""
+BREAK_EVEN = {
+    ("reference", False): 1.0, ("reference", True): 1.0, ("cpu", False): 0.7, ("cpu", True): 0.55,
+    ("triton", False): 0.9, ("triton", True): 0.85,
+}  # fmt: skip
+"""(backend, with a pooled tail) → the density from which on dense attention is faster. Measured for `cpu`
+(benchmarks/results/attention_cpu.json), an estimate for `triton`; `reference` is there for its exactness."""
 
 
 def available_backends(device: torch.device | str = "cpu") -> dict[str, str]:
@@ -29,13 +32,15 @@ def available_backends(device: torch.device | str = "cpu") -> dict[str, str]:
     reasons = {"reference": "", "cpu": "" if kind == "cpu" else f"it computes on the CPU only, not on {kind}"}
     if importlib.util.find_spec("triton") is None:
         reasons["triton"] = "the package triton is not installed"
-    else:
+    elif kind == "cpu":
         from pointillist.kernels.triton import interpreting
 
-        if kind == "cpu" and not interpreting():
-            reasons["triton"] = "CPU tensors need Triton's interpreter (TRITON_INTERPRET=1), which is for tests"
-        else:
-            reasons["triton"] = ""
+        wanted = "CPU tensors need Triton's interpreter (TRITON_INTERPRET=1), which is for tests"
+        reasons["triton"] = "" if interpreting() else wanted
+    elif kind == "cuda":
+        reasons["triton"] = "" if torch.cuda.is_available() else "torch sees no CUDA device"
+    else:
+        reasons["triton"] = f"it computes on CUDA devices, not on {kind}"
     return reasons
 
 
@@ -109,7 +114,7 @@ def attention_with_pooled_tail(
     result and the errors are those of `block_sparse_attention`.
     """
     if means is None:
-        _check(q, k, v, layout, scale, query_blocks)
+        check_call(q, k, v, layout, scale, query_blocks)
         if layout.key_lengths is None:  # valid lengths count tokens in their own order, so that order must stay
             k, v = in_order(k, layout.key_order), in_order(v, layout.key_order)
             layout = replace(layout, key_order=None)
@@ -170,10 +175,12 @@ def linear_attention(
         pairs: bool [B|1, H|1, nq, nk]; None is what `layout` drops.
 
     Returns:
-        out [B, H, Sq, D]. Costs S·F·D, whatever the pairs.
+        out [B, H, Sq, D]. Costs S·F·D and one product of the pairs with all states, nq·nk·F·D; the states take
+        4·F·D bytes for every block and head, twice.
     """
-    _check(q, k, v, layout, None, None)
+    check_call(q, k, v, layout)
     pairs = dropped_of(layout) if pairs is None else pairs
+    check_pairs(pairs, layout, *q.shape[:2])
     if choose_backend(q.device, backend)[0] == "reference":
         return reference.linear_attention(q, k, v, feature_map, layout, pairs)
     from pointillist.kernels.linear import linear_attention as by_states
@@ -194,7 +201,9 @@ def block_masses(
     `lse` [B, H, Sq] is that of dense attention (`block_sparse_attention` with everything kept returns it). One more
     pass over QKᵀ; no matrix of scores is kept (AdaSpa, the online search).
     """
-    _check(q, k, k, layout, scale, None)
+    check_call(q, k, k, layout, scale)
+    if tuple(lse.shape) != tuple(q.shape[:3]) or lse.device != q.device or not lse.dtype.is_floating_point:
+        raise ValueError(f"lse is {describe(lse)}; it must be floating {tuple(q.shape[:3])} on {q.device}")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if choose_backend(q.device, backend)[0] != "triton":
         return reference.block_masses(q, k, lse, layout, scale).float()
@@ -217,11 +226,11 @@ def _attention(
     query_blocks: torch.Tensor | None = None,
     quantized: str = "none",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    _check(q, k, v, layout, scale, query_blocks)
+    check_call(q, k, v, layout, scale, query_blocks, means)
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f"backend {backend!r} is unknown; allowed are auto, {', '.join(BACKENDS)}")
     if quantized not in QUANTIZED:
         raise ValueError(f"quantized is {quantized!r}; allowed are {', '.join(QUANTIZED)}")
-    if means is not None:
-        _check_means(q, means, layout)
     return torch.ops.pointillist.attention(
         q, k, v, layout.query_bounds, layout.key_bounds, layout.indptr, layout.columns, layout.max_query_block,
         layout.max_key_block, layout.uniform, layout.query_order, layout.key_order, layout.key_lengths,
@@ -265,6 +274,8 @@ def _attention_op(
         means = Means(mean_k, mean_v, log_counts, pairs)
     name, _ = choose_backend(q.device, backend)
     attend = _backend(name)
+    if query_blocks is not None and not len(query_blocks):  # nothing to do
+        return torch.zeros_like(q), q.new_full(q.shape[:3], float("-inf"), dtype=_lse_dtype(q, name))
     if quantized == "none":
         return attend(q, k, v, layout, scale, means, query_blocks)
     rounded = quantize(q, k, layout, v if quantized == "int8_fp8" else None)
@@ -273,7 +284,7 @@ def _attention_op(
     else:
         rounded_q = restore_order(from_int8(rounded.q, rounded.q_scales), query_order).to(q.dtype)
         rounded_k = restore_order(from_int8(rounded.k, rounded.k_scales), key_order).to(k.dtype)
-        if rounded.v is not None:
+        if rounded.v is not None and rounded.v_scales is not None:
             v = restore_order((rounded.v.float() * rounded.v_scales[:, :, None]), key_order).to(v.dtype)
         out, lse = attend(rounded_q, rounded_k, v, layout, scale, means, query_blocks)
     return out, lse + rounded.lse_shift(q, scale).to(lse.dtype)
@@ -281,85 +292,14 @@ def _attention_op(
 
 @_attention_op.register_fake
 def _(q, k, v, *rest):
-    wide = q.dtype == torch.float64 and choose_backend(q.device, rest[-2])[0] == "reference"
-    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float64 if wide else torch.float32)
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=_lse_dtype(q, choose_backend(q.device, rest[-2])[0]))
+
+
+def _lse_dtype(q: torch.Tensor, backend: str) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 and backend == "reference" else torch.float32
 
 
 def _backend(name: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     if name == "reference":
         return reference.attention
     return importlib.import_module(f"pointillist.kernels.{name}.block_sparse").attention
-
-
-def _check(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    layout: BlockLayout,
-    scale: float | None,
-    query_blocks: torch.Tensor | None,
-) -> None:
-    if q.ndim != 4 or k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[-1] != k.shape[-1]:
-        raise ValueError(
-            f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} must be [B, H, Sq, D], [B, H, Sk, D] "
-            "and [B, H, Sk, D]"
-        )
-    if 0 in q.shape or 0 in k.shape:
-        raise ValueError(f"q {tuple(q.shape)} and k {tuple(k.shape)} must not be empty in any axis")
-    if not q.dtype.is_floating_point or len({q.dtype, k.dtype, v.dtype}) > 1:
-        raise ValueError(f"q ({q.dtype}), k ({k.dtype}) and v ({v.dtype}) must have one and the same floating dtype")
-    if len({q.device, k.device, v.device, layout.device}) > 1:
-        raise ValueError(
-            f"q ({q.device}), k ({k.device}), v ({v.device}) and the layout ({layout.device}) must be on one device"
-        )
-    if (layout.q_len, layout.k_len) != (q.shape[2], k.shape[2]):
-        raise ValueError(
-            f"the layout is for {layout.q_len} queries and {layout.k_len} keys; "
-            f"q and k have {q.shape[2]} and {k.shape[2]}"
-        )
-    parts = dict(
-        indptr=layout.indptr, query_bounds=layout.query_bounds, key_bounds=layout.key_bounds,
-        query_order=layout.query_order, key_order=layout.key_order,
-    )  # fmt: skip
-    for name, part in parts.items():
-        if part is not None and any(n not in (1, size) for n, size in zip(part.shape, q.shape[:2], strict=False)):
-            raise ValueError(
-                f"the layout's {name} is for batch and heads {tuple(part.shape[:2])}; q has {tuple(q.shape[:2])}"
-            )
-    if layout.key_lengths is not None and tuple(layout.key_lengths.shape) != (q.shape[0],):
-        raise ValueError(
-            f"the layout's key_lengths have shape {tuple(layout.key_lengths.shape)}; "
-            f"a batch of {q.shape[0]} needs ({q.shape[0]},)"
-        )
-    if scale is not None and not (scale > 0 and math.isfinite(scale)):
-        raise ValueError(f"scale is {scale}; it must be a finite number above 0")
-    if query_blocks is not None and (
-        query_blocks.dtype != torch.int64 or query_blocks.ndim != 1 or not len(query_blocks)
-    ):
-        raise ValueError(
-            f"query_blocks is {query_blocks.dtype} {tuple(query_blocks.shape)}; it must be int64 [n] with n above 0, "
-            f"each below {layout.query_blocks}"
-        )
-
-
-def _check_means(q: torch.Tensor, means: Means, layout: BlockLayout) -> None:
-    batch, heads, _, head_dim = q.shape
-    number = means.keys.shape[2] if means.keys.ndim == 4 else -1
-    fits = (
-        tuple(means.keys.shape) == tuple(means.values.shape) == (batch, heads, number, head_dim)
-        and means.keys.dtype == means.values.dtype == q.dtype
-        and means.log_counts.shape[-1:] == (number,)
-        and means.pairs.dtype == torch.bool
-        and tuple(means.pairs.shape[2:]) == (layout.query_blocks, number)
-        and all(
-            len(x.shape) == ndim and x.shape[0] in (1, batch) and x.shape[1] in (1, heads)
-            for x, ndim in ((means.log_counts, 3), (means.pairs, 4))
-        )
-    )
-    if not fits:
-        raise ValueError(
-            f"the means are keys {means.keys.dtype} {tuple(means.keys.shape)}, values {means.values.dtype} "
-            f"{tuple(means.values.shape)}, log_counts {tuple(means.log_counts.shape)}, pairs {means.pairs.dtype} "
-            f"{tuple(means.pairs.shape)}; q {q.dtype} {tuple(q.shape)} with {layout.query_blocks} query blocks needs "
-            f"[{batch}, {heads}, n, {head_dim}] twice, [B|1, H|1, n] and bool [B|1, H|1, {layout.query_blocks}, n]"
-        )

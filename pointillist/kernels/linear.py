@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 
 from pointillist.kernels.layout import BlockLayout
-from pointillist.kernels.pooling import in_order, restore_order, valid_places
+from pointillist.kernels.pooling import has_kernels, in_order, restore_order, valid_places
 
 
 def linear_attention(
@@ -25,21 +25,27 @@ def linear_attention(
     k, v = in_order(k, layout.key_order), in_order(v, layout.key_order)
     valid = valid_places(layout.k_len, layout.key_lengths, layout.key_order, k.device)
     states_of, apply = _passes(q, backend)
-    states, norms = states_of(feature_map(k), v, layout.key_bounds, valid)
+    wide = torch.promote_types(q.dtype, torch.float32)
+
+    def features_of(x: torch.Tensor) -> torch.Tensor:
+        return feature_map(x.to(wide)).to(q.dtype)
+
+    states, norms = states_of(features_of(k), v, layout.key_bounds, valid)
     seen = pairs.to(states.dtype)
     states = (seen @ states.flatten(3)).unflatten(3, states.shape[3:])
-    out = apply(feature_map(in_order(q, layout.query_order)), states, seen @ norms, layout.query_bounds, v.dtype)
+    out = apply(features_of(in_order(q, layout.query_order)), states, seen @ norms, layout.query_bounds, v.dtype)
     return restore_order(out, layout.query_order)
 
 
 def _passes(q: torch.Tensor, backend: str) -> tuple[Callable[..., tuple[torch.Tensor, torch.Tensor]], Callable]:
-    if q.is_cuda or backend == "triton":
+    if has_kernels(q) or backend == "triton":
         from pointillist.kernels.triton import linear
 
         return linear.states_of, linear.apply
     return _states_of, _apply
 
 
+@torch.library.custom_op("pointillist::block_states_cpu", mutates_args=())
 def _states_of(
     k: torch.Tensor, v: torch.Tensor, bounds: torch.Tensor, valid: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -58,6 +64,14 @@ def _states_of(
     return states, norms
 
 
+@_states_of.register_fake
+def _(k, v, bounds, valid):
+    shape = (*k.shape[:2], bounds.shape[-1] - 1, k.shape[3])
+    dtype = torch.promote_types(v.dtype, torch.float32)
+    return v.new_empty(*shape, v.shape[3], dtype=dtype), v.new_empty(shape, dtype=dtype)
+
+
+@torch.library.custom_op("pointillist::apply_states_cpu", mutates_args=())
 def _apply(
     q: torch.Tensor, states: torch.Tensor, norms: torch.Tensor, bounds: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
@@ -70,6 +84,11 @@ def _apply(
         average = q[b, h, start:stop] @ states[b, h, block] / total.masked_fill(total == 0, 1)
         out[b, h, start:stop] = average.masked_fill(total == 0, 0).to(dtype)
     return out
+
+
+@_apply.register_fake
+def _(q, states, norms, bounds, dtype):
+    return q.new_empty(*q.shape[:3], states.shape[-1], dtype=dtype)
 
 
 def _ranges(bounds: torch.Tensor, batch: int, heads: int) -> list[tuple[tuple[int, int, int], int, int]]:

@@ -1,6 +1,8 @@
 """Block means: what selection scores and what a pooled tail attends to."""
 
+import importlib.util
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -54,7 +56,7 @@ def pool_blocks(
         counts = bounds.diff().float()
     else:
         counts = _block_sums(valid[..., None].float(), bounds)[..., 0]
-    if x.is_cuda:
+    if has_kernels(x):
         from pointillist.kernels.triton.pooling import pool_blocks as on_device
 
         return on_device(x, bounds, valid), counts
@@ -62,6 +64,16 @@ def pool_blocks(
     if valid is not None:
         x = x.masked_fill(~valid[..., None], 0)
     return (_block_sums(x.to(wide), bounds) / counts.clamp(min=1)[..., None]).to(x.dtype), counts
+
+
+def has_kernels(x: torch.Tensor) -> bool:
+    """Whether Triton's kernels serve `x`; the definitions in plain torch serve everything else."""
+    return x.is_cuda and x.dtype in (torch.float16, torch.bfloat16, torch.float32) and _triton_is_installed()
+
+
+@cache
+def _triton_is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def valid_places(
@@ -88,7 +100,7 @@ def in_order(x: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
     """`x` [B, H, S, D] taken in `order` [B|1, H|1, S]; None is the tokens' own order."""
     if order is None:
         return x
-    if x.is_cuda:
+    if has_kernels(x):
         from pointillist.kernels.triton.permute import permute
 
         return permute(x, order, False)
@@ -101,7 +113,7 @@ def restore_order(x: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
     """The inverse of `in_order`: what is at each place goes back to its token."""
     if order is None:
         return x
-    if x.is_cuda:
+    if has_kernels(x):
         from pointillist.kernels.triton.permute import permute
 
         return permute(x, order, True)

@@ -66,11 +66,18 @@ def merge_attention(
     out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The attention over the union of two disjoint sets of keys; either may be empty for a row."""
+    shapes = {tuple(out_a.shape[:-1]), tuple(out_b.shape[:-1]), tuple(lse_a.shape), tuple(lse_b.shape)}
+    if len(shapes) > 1 or out_a.shape != out_b.shape or out_a.dtype != out_b.dtype or not out_a.is_floating_point():
+        raise ValueError(
+            f"outputs {out_a.dtype} {tuple(out_a.shape)} and {out_b.dtype} {tuple(out_b.shape)} with lse "
+            f"{tuple(lse_a.shape)} and {tuple(lse_b.shape)} must be [B, H, S, D] twice, in one floating dtype, and "
+            "[B, H, S] twice"
+        )
     lse = torch.logaddexp(lse_a, lse_b)
     floor = torch.finfo(lse.dtype).min
-    share_b = torch.exp(lse_b - lse.clamp(min=floor))[..., None].to(out_a.dtype)
-    share_a = torch.exp(lse_a - lse.clamp(min=floor))[..., None].to(out_a.dtype)
-    return out_a * share_a + out_b * share_b, lse
+    share_b = torch.exp(lse_b - lse.clamp(min=floor))[..., None]
+    share_a = torch.exp(lse_a - lse.clamp(min=floor))[..., None]
+    return (out_a * share_a + out_b * share_b).to(out_a.dtype), lse
 
 
 def linear_attention(

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import imageio.v3 as iio
 import numpy as np
 
 FORMATS = (".mp4", ".gif", ".png")
@@ -78,6 +77,8 @@ def write_clips(clips: dict[Path, Clip], fps: int) -> None:
 
 def read_clip(path: Path) -> np.ndarray:
     """Frames of a file as float64 [F, H, W, 3] in [0, 1]."""
+    import imageio.v3 as iio
+
     if not path.is_file():
         raise OutputError(f"there is no file {str(path)!r}")
     try:
@@ -95,6 +96,8 @@ def read_clip(path: Path) -> np.ndarray:
 
 def read_settings(path: Path) -> dict[str, Any]:
     """The settings that `write_clip` put into a file."""
+    import imageio.v3 as iio
+
     if path.suffix.lower() == ".mp4":
         comment = _mp4_comment(path)
     else:
@@ -123,6 +126,8 @@ def _repeats(path: Path) -> list[int]:
 
 
 def _write_mp4(path: Path, pixels: np.ndarray, fps: int, comment: str) -> None:
+    import imageio.v3 as iio
+
     try:
         iio.imwrite(
             path, pixels, plugin="FFMPEG", fps=fps, codec="libx264", quality=9, macro_block_size=1,
@@ -137,6 +142,8 @@ def _write_mp4(path: Path, pixels: np.ndarray, fps: int, comment: str) -> None:
 
 
 def _write_gif(path: Path, pixels: np.ndarray, fps: int, comment: str) -> None:
+    import imageio.v3 as iio
+
     ends = (np.arange(len(pixels) + 1) * 100 / fps).round()  # a GIF counts hundredths of a second
     durations = (np.diff(ends) * 10).astype(int).tolist()
     options: dict[str, Any] = {"duration": durations, "loop": 0, "comment": comment.encode()}
@@ -144,6 +151,7 @@ def _write_gif(path: Path, pixels: np.ndarray, fps: int, comment: str) -> None:
 
 
 def _write_strip(path: Path, pixels: np.ndarray, fps: int, comment: str) -> None:
+    import imageio.v3 as iio
     from PIL.PngImagePlugin import PngInfo
 
     chosen = pixels[np.linspace(0, len(pixels) - 1, min(STRIP_FRAMES, len(pixels))).round().astype(int)]

@@ -233,8 +233,14 @@ def test_refusals_change_nothing(pipe, run, tmp_path):
         accelerate(pipe, backend="fast")
     with pytest.raises(AccelerateError, match="dense='quick' is unknown; allowed are auto, fastest, flash"):
         accelerate(pipe, dense="quick")
-    with pytest.raises(AccelerateError, match="dense='sage' cannot run here"):
+    with pytest.raises(AccelerateError, match="dense='sage' cannot run on cpu"):
         accelerate(pipe, dense="sage")
+    with pytest.raises(AccelerateError, match="dense='_native_cudnn' cannot run on cpu"):
+        accelerate(pipe, dense="_native_cudnn")
+    with pytest.raises(AccelerateError, match="fetched from the Hub"):
+        accelerate(pipe, dense="sage_hub")
+    with pytest.raises(AccelerateError, match="plan is a int"):
+        accelerate(pipe, 3)
     with pytest.raises(PlanError, match="cannot read a plan"):
         accelerate(pipe, tmp_path / "missing.safetensors")
     with pytest.raises(AccelerateError, match="not a Diffusers pipeline"):

@@ -167,7 +167,7 @@ def test_wrong_arguments_are_refused_with_their_values():
     layout = BlockLayout.from_mask(torch.ones(1, 1, 2, 2, dtype=torch.bool), 16, 16, 32, 32)
     with pytest.raises(ValueError, match="32 queries and 32 keys; q and k have 31"):
         block_sparse_attention(q[:, :, :31], k, v, layout)
-    with pytest.raises(ValueError, match="one and the same floating dtype"):
+    with pytest.raises(ValueError, match="one and the same dtype of float16"):
         block_sparse_attention(q.half(), k, v, layout)
     with pytest.raises(ValueError, match="'cuda' is unknown; allowed are auto, reference, cpu, triton"):
         choose_backend("cpu", "cuda")

@@ -2,6 +2,7 @@
 
 A pattern ranks the key tiles of every query tile (`scores`) and keeps the first `keep` of them. Densities
 count video × video pairs only: segments of other kinds change no parameter, their pairs are always kept.
+A `static` pattern's scores depend on the tiling alone.
 """
 
 from pointillist.accel.patterns.dense import Dense

@@ -1,6 +1,7 @@
 """`dense`: every query tile sees every key tile."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -9,6 +10,7 @@ from pointillist.accel.tiles import Grid, Segment, Tiling, tile_count
 
 @dataclass(frozen=True)
 class Dense:
+    static: ClassVar[bool] = True
     keep: int
 
     @classmethod
@@ -18,7 +20,7 @@ class Dense:
 
     def scores(self, q: torch.Tensor, k: torch.Tensor, tiling: Tiling, scale: float) -> torch.Tensor:
         """All equal: [1, 1, tiles, tiles]."""
-        return q.new_zeros(1, 1, tiling.tiles, tiling.tiles)
+        return tiling.centres.new_zeros(1, 1, tiling.tiles, tiling.tiles)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ than the density asks for.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -15,6 +16,7 @@ from pointillist.accel.tiles import Grid, Segment, Tiling, block_means
 
 @dataclass(frozen=True)
 class Pooled:
+    static: ClassVar[bool] = False
     keep: int
     """Key tiles kept for each query tile, itself included."""
 

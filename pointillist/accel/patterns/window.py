@@ -5,6 +5,7 @@ neighbourhood moves inwards instead of shrinking.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -14,6 +15,7 @@ from pointillist.accel.tiles import Grid, Segment, Tiling
 
 @dataclass(frozen=True)
 class Window:
+    static: ClassVar[bool] = True
     keep: int
     """Key tiles kept for each query tile, itself included."""
 

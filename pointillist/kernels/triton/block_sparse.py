@@ -12,6 +12,7 @@ import triton.language as tl
 from pointillist.kernels.layout import BlockLayout
 from pointillist.kernels.pooling import Means, in_order, restore_order, valid_places
 from pointillist.kernels.quantization import GROUP, Quantized
+from pointillist.kernels.triton import on_device
 from pointillist.kernels.triton.configs import Config, architecture_of, config_for, has_fp8, precision_of
 from pointillist.kernels.triton.worklist import work_of
 
@@ -106,16 +107,17 @@ def forward(
         for start in tl.range(0, means, TILE_K):
             ok = start + lanes < means
             seen = tl.load(PAIRS + start + lanes, mask=ok, other=0) != 0
-            bias = tl.load(LOG_COUNTS + start + lanes, mask=ok, other=float("-inf")) * LOG2_E
-            bias = tl.where(seen, bias, float("-inf"))
-            mask = ok[:, None] & dim_ok[None, :]
-            first_of_tile = tl.cast(start, tl.int64) * stride_ms
-            mean_k = tl.load(MEAN_K + first_of_tile + at, mask=mask, other=0.0)
-            mean_v = tl.load(MEAN_V + first_of_tile + at, mask=mask, other=0.0)
-            scores = tl.dot(q, tl.trans(mean_k), input_precision=PRECISION)
-            highest, total, acc = _accumulate(
-                scores * scale_log2 + bias[None, :], 1.0, mean_v, highest, total, acc, True, PRECISION
-            )
+            if tl.max(seen.to(tl.int32), 0) > 0:  # of a pyramid's fine level, most tiles are seen by few
+                bias = tl.load(LOG_COUNTS + start + lanes, mask=ok, other=float("-inf")) * LOG2_E
+                bias = tl.where(seen, bias, float("-inf"))
+                mask = ok[:, None] & dim_ok[None, :]
+                first_of_tile = tl.cast(start, tl.int64) * stride_ms
+                mean_k = tl.load(MEAN_K + first_of_tile + at, mask=mask, other=0.0)
+                mean_v = tl.load(MEAN_V + first_of_tile + at, mask=mask, other=0.0)
+                scores = tl.dot(q, tl.trans(mean_k), input_precision=PRECISION)
+                highest, total, acc = _accumulate(
+                    scores * scale_log2 + bias[None, :], 1.0, mean_v, highest, total, acc, True, PRECISION
+                )
 
     if FP8_VALUES:
         v_scale = tl.load(VALUE_SCALES + head_of_batch.to(tl.int64) * HEAD_DIM + dims, mask=dim_ok)
@@ -176,7 +178,10 @@ def _accumulate(scores, scale_log2, v, highest, total, acc, MAY_BE_EMPTY: tl.con
     acc = acc * rescale[:, None]
     if v.dtype == tl.float8e4nv:  # weights lie in 0 to 1; FP8 is finest near its largest number
         weights = weights * FP8_MAX
-    acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
+        # Hopper sums FP8 products in 14 bits: no longer than over one tile
+        acc = tl.dot(weights.to(v.dtype), v, acc, max_num_imprecise_acc=v.shape[0])
+    else:
+        acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
     return new_highest, total, acc
 
 
@@ -251,20 +256,21 @@ def launch(
     valid = valid_places(layout.k_len, layout.key_lengths, layout.key_order, q.device)
     valid_strides = (0, 0) if valid is None else valid.expand(batch, heads, -1).stride()[:2]
     mean_k, mean_v, log_counts, pairs, mean_strides = _laid_out(means, batch, heads, lse)
-    forward[(work.programs,)](
-        q, k, v, out, lse, work.table, work.keys, lse if valid is None else valid,
-        query_scales, key_scales, value_scales, mean_k, mean_v, log_counts, pairs,
-        scale * LOG2_E.value, work.programs, heads, q_len, layout.k_len, 0 if means is None else mean_k.shape[2],
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *valid_strides,
-        *mean_strides,
-        HEAD_DIM=head_dim, BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
-        TILE_Q=config.tile_q, TILE_K=config.tile_k, KEY_BLOCK=work.key_block,
-        RAGGED=work.key_block > 0 and layout.k_len % work.key_block > 0,
-        HAS_VALID=valid is not None, HAS_MEANS=means is not None,
-        SCALE_GROUP=0 if quantized is None else GROUP, PRECISION=precision_of(q.device, head_dim),
-        FP8_VALUES=v.dtype == torch.float8_e4m3fn,
-        **config.options(),
-    )  # fmt: skip
+    with on_device(out):
+        forward[(work.programs,)](
+            q, k, v, out, lse, work.table, work.keys, lse if valid is None else valid,
+            query_scales, key_scales, value_scales, mean_k, mean_v, log_counts, pairs,
+            scale * LOG2_E.value, work.programs, heads, q_len, layout.k_len, 0 if means is None else mean_k.shape[2],
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *valid_strides,
+            *mean_strides,
+            HEAD_DIM=head_dim, BLOCK_D=max(16 if quantized is None else 32, triton.next_power_of_2(head_dim)),
+            TILE_Q=config.tile_q, TILE_K=config.tile_k, KEY_BLOCK=work.key_block,
+            RAGGED=work.key_block > 0 and layout.k_len % work.key_block > 0,
+            HAS_VALID=valid is not None, HAS_MEANS=means is not None,
+            SCALE_GROUP=0 if quantized is None else GROUP, PRECISION=precision_of(q.device, head_dim),
+            FP8_VALUES=v.dtype == torch.float8_e4m3fn,
+            **config.options(),
+        )  # fmt: skip
     return restore_order(out, layout.query_order), restore_order(lse[..., None], layout.query_order)[..., 0]
 
 

@@ -19,8 +19,9 @@ import triton
 
 KINDS = ("uniform", "runs", "means", "int8")
 """Equal blocks; blocks of any size or padding; with block means; INT8 queries and keys."""
+RELATIVES = {"sm_86": "sm_89", "sm_103": "sm_100", "sm_121": "sm_120", "gfx950": "gfx942"}
+"""Whose rows serve an architecture that has none: units of the same make, no larger. All others take `DEFAULT`."""
 DEFAULT = "sm_80"
-"""The architecture whose rows serve one that has none."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def config_for(
 def fitted(config: Config, max_query_block: int, max_key_block: int) -> Config:
     """`config` with smaller tiles if blocks are smaller; half the queries need half the warps."""
     tile_q = min(config.tile_q, max(16, triton.next_power_of_2(max_query_block)))
-    tile_k = min(config.tile_k, max(16, triton.next_power_of_2(max_key_block)))
+    tile_k = min(config.tile_k, max(32, triton.next_power_of_2(max_key_block)))  # 8-bit products need 32
     warps = max(min(4, config.warps), config.warps * tile_q // config.tile_q)
     return Config(tile_q, tile_k, warps, config.stages, config.max_registers, config.why)
 
@@ -136,10 +137,11 @@ def _row(architecture: str, head_dim: int, bits: int, kind: str) -> Config:
     if key in tuned.get(architecture, {}):
         return tuned[architecture][key]
     if architecture not in table:
+        instead = RELATIVES.get(architecture, DEFAULT)
         warnings.warn(
-            f"no tested kernel configuration for {architecture}: using those of {DEFAULT}; "
+            f"no tested kernel configuration for {architecture}: using those of {instead}; "
             "`pointillist bench attention --tune` measures better ones",
             stacklevel=2,
         )
-        architecture = DEFAULT
+        architecture = instead
     return table[architecture][key]

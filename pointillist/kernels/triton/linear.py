@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from pointillist.kernels.triton import on_device
 from pointillist.kernels.triton.configs import precision_of
 
 WIDTH = 64
@@ -47,7 +48,8 @@ def block_states(
     at = head_of_batch * blocks + block
     inside = (features < FEATURES)[:, None] & (dims < HEAD_DIM)[None, :]
     tl.store(STATES + (at * FEATURES + features[:, None]) * HEAD_DIM + dims[None, :], state, mask=inside)
-    tl.store(NORMS + at * FEATURES + features, norm, mask=(features < FEATURES) & (tl.program_id(2) == 0))
+    if tl.program_id(2) == 0:
+        tl.store(NORMS + at * FEATURES + features, norm, mask=features < FEATURES)
 
 
 @triton.jit
@@ -102,12 +104,14 @@ def states_of(
     flags = bounds if valid is None else valid.expand(batch, heads, -1)
     states = torch.empty(batch, heads, blocks, features, head_dim, dtype=torch.float32, device=k.device)
     norms = torch.empty(batch, heads, blocks, features, dtype=torch.float32, device=k.device)
-    block_states[(blocks, batch * heads, triton.cdiv(head_dim, WIDTH))](
-        k, v, bounds, flags, states, norms, blocks, heads, *k.stride()[:3], *v.stride()[:3], *bounds.stride()[:2],
-        *flags.stride()[:2], FEATURES=features, BLOCK_F=max(16, triton.next_power_of_2(features)), HEAD_DIM=head_dim,
-        BLOCK_V=WIDTH, TILE=64, HAS_VALID=valid is not None, PRECISION=precision_of(k.device, features),
-        num_warps=8, num_stages=2,
-    )  # fmt: skip
+    with on_device(states):
+        block_states[(blocks, batch * heads, triton.cdiv(head_dim, WIDTH))](
+            k, v, bounds, flags, states, norms, blocks, heads, *k.stride()[:3], *v.stride()[:3], *bounds.stride()[:2],
+            *flags.stride()[:2], FEATURES=features, BLOCK_F=max(16, triton.next_power_of_2(features)),
+            HEAD_DIM=head_dim,
+            BLOCK_V=WIDTH, TILE=64, HAS_VALID=valid is not None, PRECISION=precision_of(k.device, features),
+            num_warps=8, num_stages=2,
+        )  # fmt: skip
     return states, norms
 
 
@@ -121,11 +125,12 @@ def apply(
     blocks, head_dim = bounds.shape[-1] - 1, states.shape[-1]
     bounds, states, norms = bounds.expand(batch, heads, -1), states.contiguous(), norms.contiguous()
     out = torch.empty(batch, heads, q_len, head_dim, dtype=dtype, device=q.device)
-    apply_states[(blocks, batch * heads, triton.cdiv(head_dim, WIDTH))](
-        q, states, norms, bounds, out, blocks, heads, *q.stride()[:3], *out.stride()[:3], *bounds.stride()[:2],
-        FEATURES=features, BLOCK_F=max(16, triton.next_power_of_2(features)), HEAD_DIM=head_dim,
-        BLOCK_V=WIDTH, TILE=32, PRECISION=precision_of(q.device, features), num_warps=8, num_stages=1,
-    )  # fmt: skip
+    with on_device(out):
+        apply_states[(blocks, batch * heads, triton.cdiv(head_dim, WIDTH))](
+            q, states, norms, bounds, out, blocks, heads, *q.stride()[:3], *out.stride()[:3], *bounds.stride()[:2],
+            FEATURES=features, BLOCK_F=max(16, triton.next_power_of_2(features)), HEAD_DIM=head_dim,
+            BLOCK_V=WIDTH, TILE=32, PRECISION=precision_of(q.device, features), num_warps=8, num_stages=1,
+        )  # fmt: skip
     return out
 
 

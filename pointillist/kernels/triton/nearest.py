@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from pointillist.kernels.triton import on_device
 from pointillist.kernels.triton.configs import precision_of
 
 
@@ -52,11 +53,12 @@ def nearest(x: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
     batch, heads, length, head_dim = x.shape
     centroids = centroids.to(x.dtype).contiguous()
     labels = torch.empty(batch, heads, length, dtype=torch.int32, device=x.device)
-    nearest_centroid[(triton.cdiv(length, 64), batch * heads)](
-        x, centroids, labels, heads, length, centroids.shape[2], *x.stride()[:3],
-        HEAD_DIM=head_dim, BLOCK_D=max(16, triton.next_power_of_2(head_dim)), TILE=64, TILE_C=64,
-        PRECISION=precision_of(x.device, head_dim), num_warps=4, num_stages=2,
-    )  # fmt: skip
+    with on_device(labels):
+        nearest_centroid[(triton.cdiv(length, 64), batch * heads)](
+            x, centroids, labels, heads, length, centroids.shape[2], *x.stride()[:3],
+            HEAD_DIM=head_dim, BLOCK_D=max(16, triton.next_power_of_2(head_dim)), TILE=64, TILE_C=64,
+            PRECISION=precision_of(x.device, head_dim), num_warps=4, num_stages=2,
+        )  # fmt: skip
     return labels
 
 

@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from pointillist.kernels.triton import on_device
+
 
 @triton.jit
 def move_rows(
@@ -37,10 +39,11 @@ def permute(x: torch.Tensor, order: torch.Tensor, back: bool) -> torch.Tensor:
     batch, heads, _, head_dim = x.shape
     order = order.expand(batch, heads, -1)
     out = x.new_empty(batch, heads, order.shape[-1], head_dim)
-    move_rows[(triton.cdiv(order.shape[-1], 64), batch * heads)](
-        x, out, order, heads, order.shape[-1], *x.stride()[:3], *order.stride()[:2],
-        HEAD_DIM=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), TILE=64, BACK=back, num_warps=4,
-    )  # fmt: skip
+    with on_device(out):
+        move_rows[(triton.cdiv(order.shape[-1], 64), batch * heads)](
+            x, out, order, heads, order.shape[-1], *x.stride()[:3], *order.stride()[:2],
+            HEAD_DIM=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), TILE=64, BACK=back, num_warps=4,
+        )  # fmt: skip
     return out
 
 

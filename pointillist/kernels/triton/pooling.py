@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from pointillist.kernels.triton import on_device
+
 
 @triton.jit
 def block_means(
@@ -42,11 +44,13 @@ def pool_blocks(x: torch.Tensor, bounds: torch.Tensor, valid: torch.Tensor | Non
     bounds = bounds.expand(batch, heads, -1)
     valid = None if valid is None else valid.expand(batch, heads, -1)
     out = x.new_empty(batch, heads, blocks, head_dim)
-    block_means[(blocks, batch * heads)](
-        x, bounds, bounds if valid is None else valid, out, blocks, heads, *x.stride()[:3], *bounds.stride()[:2],
-        *((0, 0) if valid is None else valid.stride()[:2]),
-        HEAD_DIM=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), TILE=64, HAS_VALID=valid is not None, num_warps=4,
-    )  # fmt: skip
+    with on_device(out):
+        block_means[(blocks, batch * heads)](
+            x, bounds, bounds if valid is None else valid, out, blocks, heads, *x.stride()[:3], *bounds.stride()[:2],
+            *((0, 0) if valid is None else valid.stride()[:2]),
+            HEAD_DIM=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), TILE=64, HAS_VALID=valid is not None,
+            num_warps=4,
+        )  # fmt: skip
     return out
 
 

@@ -5,6 +5,7 @@ density is above the others' is left to finish alone (longest processing time fi
 simulations this design rests on, against up to 50 % lost in natural order on short sequences).
 """
 
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ import triton.language as tl
 from torch.utils.weak import WeakIdKeyDictionary
 
 from pointillist.kernels.layout import BlockLayout
+from pointillist.kernels.triton import on_device
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,9 @@ class Work:
 
 
 _made: Any = WeakIdKeyDictionary()
-"""Work lists by the layout's `indptr`: a static layout pays once, and they go when it goes."""
+"""Work lists by the layout's `columns`: a static layout pays once, and they go when it goes."""
+MAX_PLACES = 2**23
+"""A run of keys holds its first place in 23 bits."""
 
 
 def work_of(
@@ -45,13 +49,19 @@ def work_of(
     Args:
         query_blocks: int64 [n], the only query blocks to compute; None is all.
     """
-    if query_blocks is not None:
+    capturing = layout.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if query_blocks is not None or capturing:  # what is recorded into a graph is not computed yet
         return _make(layout, batch, heads, tile_q, tile_k, query_blocks)
-    made = _made.setdefault(layout.indptr, {})
-    key = (batch, heads, tile_q, tile_k)
-    if key not in made:
-        made[key] = _make(layout, batch, heads, tile_q, tile_k, None)
-    return made[key]
+    made = _made.setdefault(layout.columns, {})
+    sizes = (layout.q_len, layout.k_len, layout.max_query_block, layout.max_key_block, layout.uniform)
+    key = (batch, heads, tile_q, tile_k, *sizes)
+    sources = (layout.columns, layout.indptr, layout.query_bounds, layout.key_bounds)
+    versions = tuple(0 if x.is_inference() else x._version for x in sources)
+    known, at, work = made.get(key, ((), (), None))
+    if work is None or at != versions or any(ref() is not x for ref, x in zip(known, sources, strict=True)):
+        work = _make(layout, batch, heads, tile_q, tile_k, None)
+        made[key] = (tuple(weakref.ref(x) for x in sources), versions, work)
+    return work
 
 
 def _make(
@@ -65,7 +75,9 @@ def _make(
     firsts, lasts, begins, ends = (x.index_select(1, chosen) for x in (firsts, lasts, begins, ends))
     tiles = (lasts - firsts + tile_q - 1) // tile_q
     until = tiles.cumsum(1, dtype=torch.int32)
-    most = min(len(chosen) * -(-layout.max_query_block // tile_q), len(chosen) + layout.q_len // tile_q)
+    most = len(chosen) * -(-layout.max_query_block // tile_q)
+    if query_blocks is None:  # a list may name a block twice
+        most = min(most, blocks + layout.q_len // tile_q)
     slots = torch.arange(most, dtype=torch.int32, device=device).expand(batch * heads, -1).contiguous()
     at = torch.searchsorted(until, slots, right=True)
     used = at < len(chosen)
@@ -96,6 +108,10 @@ def _key_lists(
         keys = layout.columns if layout.columns.numel() else layout.columns.new_zeros(1)
         return begins, ends, keys, layout.max_key_block
 
+    if layout.k_len > MAX_PLACES:
+        raise ValueError(
+            f"{layout.k_len} keys in blocks of unequal size are more than the {MAX_PLACES} that are served"
+        )
     own = torch.broadcast_shapes(layout.indptr.shape[:2], layout.key_bounds.shape[:2])
     rows = own[0] * own[1] * blocks
     counts = layout.indptr.diff(dim=-1).expand(*own, -1).reshape(-1)
@@ -107,10 +123,11 @@ def _key_lists(
     begins = before * each + torch.arange(rows, dtype=torch.int32, device=device) * extra
     ends = torch.empty_like(begins)
     runs = torch.empty(max(1, pairs * each + rows * extra), dtype=torch.int32, device=device)
-    _runs[(rows,)](
-        layout.indptr.expand(*own, -1).contiguous(), layout.columns, layout.key_bounds.expand(*own, -1).contiguous(),
-        begins, ends, runs, blocks, layout.key_blocks, TILE=tile_k,
-    )  # fmt: skip
+    with on_device(runs):
+        _runs[(rows,)](
+            layout.indptr.expand(*own, -1).contiguous(), layout.columns,
+            layout.key_bounds.expand(*own, -1).contiguous(), begins, ends, runs, blocks, layout.key_blocks, TILE=tile_k,
+        )  # fmt: skip
     begins, ends = (
         x.view(*own, blocks).expand(batch, heads, -1).reshape(batch * heads, blocks) for x in (begins, ends)
     )
