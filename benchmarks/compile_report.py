@@ -32,7 +32,7 @@ from triton.compiler import ASTSource
 
 from pointillist.kernels.quantization import GROUP
 from pointillist.kernels.triton import block_masses, block_sparse, linear, nearest, permute, pooling, worklist
-from pointillist.kernels.triton.configs import Config, fitted, shipped
+from pointillist.kernels.triton.configs import Config, fitted, shipped, small_config
 
 
 @dataclass(frozen=True)
@@ -99,90 +99,87 @@ class Case:
 
 
 def attention_cases(name: str) -> list[Case]:
-    """Every row of the table, for blocks of 128 and, where that changes the tiles, of 64."""
-    architecture, cases = ARCHITECTURES[name], []
+    """Every row of the table in every way that its calls compile, for blocks of 128 and, if tiles change, of 64."""
+    cases: dict[tuple, Case] = {}
     for key, row in shipped()[name].items():
-        head_dim, bits, kind = int(key.split("/")[0]), int(key.split("/")[1]), key.split("/")[2]
-        # of "uniform", the lengths divide or the last block is short; of "int8", values may be in FP8
-        variants = [("", 128), ("", 64)]
-        if kind == "uniform":
-            variants = [("even", 128), ("ragged", 128), ("ragged", 64)]
-        if kind == "int8" and bits == 16 and name in FP8:
-            variants += [("fp8", 128), ("fp8", 64)]
-        seen = set()
-        for variant, block in variants:
+        width, bits, kind = key.split("/")
+        for label, block, changes in _variants(name, kind, int(width), int(bits)):
             config = fitted(row, block, block)
-            if (variant, config) in seen:
-                continue
-            seen.add((variant, config))
-            element = POINTERS[bits]
-            types = dict.fromkeys(("Q", "K"), "*i8" if kind == "int8" else element)
-            types |= dict.fromkeys(("V", "OUT", "MEAN_K", "MEAN_V"), element)
-            if variant == "fp8":
-                types["V"] = "*fp8e4nv"
-            types |= dict(VALID="*i1", PAIRS="*i8", scale_log2="fp32")
-            types |= dict.fromkeys(("LSE", "QUERY_SCALES", "KEY_SCALES", "VALUE_SCALES", "LOG_COUNTS"), "*fp32")
-            types |= dict.fromkeys(("WORK", "LIST"), "*i32")
-            constants = dict(
-                HEAD_DIM=head_dim, BLOCK_D=head_dim, TILE_Q=config.tile_q, TILE_K=config.tile_k,
-                KEY_BLOCK=block if kind == "uniform" else 0, RAGGED=variant == "ragged",
-                HAS_VALID=False, HAS_MEANS=kind == "means",
-                SCALE_GROUP=GROUP if kind == "int8" else 0, PRECISION=_precision(name, head_dim),
-                FP8_VALUES=variant == "fp8",
-            )  # fmt: skip
-            matrix = None if bits == 32 else architecture.matrix_int8 if kind == "int8" else architecture.matrix
-            label = f"{kind} {variant} {block}".replace("  ", " ")
-            cases.append(Case(name, "block_sparse", label, head_dim, bits, constants, types, config, matrix))
-    return cases
+            case = _attention_case(name, f"{kind} {label} {block}", int(width), int(bits), config, changes)
+            cases.setdefault((key, label, config), case)
+    return list(cases.values())
+
+
+def _variants(name: str, kind: str, width: int, bits: int) -> list[tuple[str, int, dict[str, Any]]]:
+    """(label, block size, constants that differ from those of blocks of varying size)."""
+    means, int8, fp8 = dict(HAS_MEANS=True), dict(SCALE_GROUP=GROUP), dict(SCALE_GROUP=GROUP, FP8_VALUES=True)
+    whole, valid, odd = dict(KEY_BLOCK=128), dict(HAS_VALID=True), dict(HEAD_DIM=width * 3 // 4)
+    if kind == "uniform":
+        return [("even", 128, whole), *(("ragged", n, dict(KEY_BLOCK=n, RAGGED=True)) for n in (128, 64))]
+    if kind == "means":
+        return [("runs", 128, means), ("runs", 64, means), *([("blocks", 128, means | whole)] if bits == 16 else [])]
+    if kind == "int8":
+        if bits == 32:
+            return [("runs", 128, int8)]
+        variants = [("runs", 128, int8), ("runs", 64, int8), ("blocks", 128, int8 | whole)]
+        return variants + [("fp8", n, fp8) for n in (128, 64) if name in FP8]
+    if kind == "padded":
+        variants = [("valid means", 128, valid | means), ("odd blocks", 128, odd | whole | dict(RAGGED=True))]
+        if bits == 32:
+            return variants
+        return [*variants, ("valid", 128, valid), ("odd means", 128, odd | means), ("valid int8", 128, valid | int8)]
+    return [("", 128, {}), ("", 64, {})]
+
+
+def _attention_case(
+    name: str, kind: str, width: int, bits: int, config: Config, changes: dict[str, Any]
+) -> Case:  # fmt: skip
+    architecture, element = ARCHITECTURES[name], POINTERS[bits]
+    constants = dict(
+        HEAD_DIM=width, BLOCK_D=width, TILE_Q=config.tile_q, TILE_K=config.tile_k, KEY_BLOCK=0, RAGGED=False,
+        HAS_VALID=False, HAS_MEANS=False, SCALE_GROUP=0, PRECISION=_precision(name, width), FP8_VALUES=False,
+    )  # fmt: skip
+    constants |= changes
+    int8 = constants["SCALE_GROUP"] > 0
+    types = dict.fromkeys(("Q", "K"), "*i8" if int8 else element)
+    types |= dict.fromkeys(("V", "OUT", "MEAN_K", "MEAN_V"), element)
+    if constants["FP8_VALUES"]:
+        types["V"] = "*fp8e4nv"
+    types |= dict(VALID="*i1", PAIRS="*i8", scale_log2="fp32")
+    types |= dict.fromkeys(("LSE", "QUERY_SCALES", "KEY_SCALES", "VALUE_SCALES", "LOG_COUNTS"), "*fp32")
+    types |= dict.fromkeys(("WORK", "LIST"), "*i32")
+    matrix = None if bits == 32 else architecture.matrix_int8 if int8 else architecture.matrix
+    return Case(name, "block_sparse", kind, width, bits, constants, types, config, matrix)
 
 
 def other_cases(name: str) -> list[Case]:
     """The smaller kernels, at the tiles that their launchers use."""
-    matrix, cases = ARCHITECTURES[name].matrix, []
+    architecture, cases = ARCHITECTURES[name], []
     flags = dict(VALID="*i1", BOUNDS="*i32", QUERY_BOUNDS="*i32", KEY_BOUNDS="*i32", ORDER="*i64", LABELS="*i32")
     floats = dict.fromkeys(("LSE", "STATES", "NORMS"), "*fp32") | dict(scale_log2="fp32")
-    for head_dim in (64, 128):
-        common = dict(HEAD_DIM=head_dim, BLOCK_D=head_dim)
-        features = dict(FEATURES=head_dim, BLOCK_F=head_dim, HEAD_DIM=head_dim, BLOCK_V=linear.WIDTH, TILE=64)
-        data = flags | floats | dict.fromkeys(("X", "Q", "K", "V", "CENTROIDS"), "*bf16")
-        four, eight = Config(0, 64, 4, 2), Config(0, 64, 8, 2)
+    for width, bits in ((64, 16), (128, 16), (256, 16), (64, 32), (128, 32), (256, 32)):
+        small, element, exact = small_config(width, bits // 8), POINTERS[bits], dict(PRECISION=_precision(name, width))
+        tile = small.tile_q
+        common = dict(HEAD_DIM=width, BLOCK_D=width)
+        features = dict(
+            FEATURES=width, BLOCK_F=width, HEAD_DIM=width, BLOCK_V=linear.width_of(width), TILE=linear.TILE
+        ) | exact  # fmt: skip
+        data = flags | floats | dict.fromkeys(("X", "Q", "K", "V", "CENTROIDS"), element)
+        four, eight = Config(64, 64, 4, 2), Config(linear.TILE, linear.TILE, 8, 1)
         for kernel, out, constants, config, dots in (
-            (
-                "block_masses",
-                "*fp32",
-                common | dict(TILE_Q=64, TILE_K=64, HAS_VALID=False, PRECISION=_precision(name, head_dim)),
-                four,
-                True,
-            ),
-            ("block_means", "*bf16", common | dict(TILE=64, HAS_VALID=False), four, False),
-            ("move_rows", "*bf16", common | dict(TILE=64, BACK=False), four, False),
-            (
-                "nearest_centroid",
-                "*i32",
-                common | dict(TILE=64, TILE_C=64, PRECISION=_precision(name, head_dim)),
-                four,
-                True,
-            ),
-            (
-                "block_states",
-                "*fp32",
-                features | dict(HAS_VALID=False, PRECISION=_precision(name, head_dim)),
-                eight,
-                True,
-            ),
-            (
-                "apply_states",
-                "*bf16",
-                features | dict(TILE=32, PRECISION=_precision(name, head_dim)),
-                Config(0, 64, 8, 1),
-                False,
-            ),
+            ("block_masses", "*fp32", common | exact | dict(TILE_Q=tile, TILE_K=tile, HAS_VALID=True), small, True),
+            ("block_means", element, common | dict(TILE=64, HAS_VALID=True), four, False),
+            ("move_rows", element, common | dict(TILE=64, BACK=True), four, False),
+            ("nearest_centroid", "*i32", common | exact | dict(TILE=tile, TILE_C=tile), small, True),
+            ("block_states", "*fp32", features | dict(HAS_VALID=True), eight, True),
+            ("apply_states", element, features, eight, False),
         ):
-            cases.append(
-                Case(name, kernel, "", head_dim, 16, constants, data | dict(OUT=out), config, matrix if dots else None)
-            )
+            matrix = architecture.matrix if dots and bits == 16 else None
+            cases.append(Case(name, kernel, "", width, bits, constants, data | dict(OUT=out), config, matrix))
+    one = dict(HEAD_DIM=1, BLOCK_D=1, TILE=64, BACK=True)  # the log-sum-exp
+    cases.append(Case(name, "move_rows", "", 1, 32, one, flags | dict(X="*fp32", OUT="*fp32"), Config(64, 64, 4, 2)))
     tables = dict.fromkeys(("INDPTR", "COLUMNS", "BOUNDS", "BEGINS", "ENDS", "RUNS"), "*i32")
-    return [*cases, Case(name, "key_lists", "", 0, 32, dict(TILE=64), tables, Config(0, 64, 4, 1))]
+    return [*cases, Case(name, "key_lists", "", 0, 32, dict(TILE=64), tables, Config(64, 64, 4, 1))]
 
 
 def _precision(architecture: str, head_dim: int) -> str:

@@ -42,7 +42,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except UsageError as error:
         return _fail(f"{error.format_message()} Try --help.", 2)  # type: ignore[attr-defined]
     except (typer.Abort, KeyboardInterrupt):
-        return _fail("interrupted; nothing was written", INTERRUPTED)
+        return _fail("interrupted; no file is half-written", INTERRUPTED)
     except (ValueError, OSError, MemoryError) as error:
         if os.environ.get("POINTILLIST_DEBUG") == "1":
             raise

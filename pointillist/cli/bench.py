@@ -1,6 +1,8 @@
 """`pointillist bench`: how fast this machine is."""
 
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,20 +41,28 @@ def attention(
     from pointillist.hardware import detect
     from pointillist.kernels import bench, choose_backend
 
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"--device is {device!r}; allowed are cpu, cuda and cuda:N")
+    where = torch.device(name)
     cuda = where.type == "cuda"
-    if cuda and not torch.cuda.is_available():
-        raise ValueError("device is cuda, but torch sees no CUDA device here; use --device cpu")
+    if cuda and (where.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"--device is {name}, but torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu"
+        )
     lengths = _numbers("tokens", tokens or ("4096,8192,16384,32768,75600,118800" if cuda else "2048,4096,8192"), int)
     dims = _numbers("head-dim", head_dim or ("64,128" if cuda else "64"), int)
     densities = _numbers("density", density, float)
-    if min(lengths) < 1 or min(dims) < 1 or not all(0 < each <= 1 for each in densities):
-        raise ValueError(f"tokens {lengths} and head-dim {dims} must be 1 or more, density {densities} in (0, 1]")
+    for option, numbers in (("tokens", lengths), ("head-dim", dims)):
+        if min(numbers) < 1:
+            raise ValueError(f"--{option} is {numbers}; each must be 1 or more")
+    if not all(0 < each <= 1 for each in densities):
+        raise ValueError(f"--density is {densities}; each must be above 0 and at most 1")
     names = [each.strip() for each in (dtype or ("bfloat16" if cuda else "float32")).split(",")]
     if set(names) - set(DTYPES):
-        raise ValueError(f"dtype {dtype!r} is unknown; allowed are {', '.join(DTYPES)}")
-    if output is not None and not output.parent.is_dir():
-        raise ValueError(f"there is no folder {output.parent} to write {output.name} into")
+        raise ValueError(f"--dtype is {dtype!r}; allowed are {', '.join(DTYPES)}")
+    if output is not None and (output.suffix != ".json" or output.is_dir() or not os.access(output.parent, os.W_OK)):
+        raise ValueError(f"--output is {str(output)!r}; it must be a FILE.json in a folder that can be written to")
     progress = Console(stderr=True)
     if tune:
         _tune(where, tuple(dims), progress)
@@ -91,11 +101,9 @@ def _tune(device: Any, head_dims: tuple[int, ...], progress: Console) -> None:
         raise ValueError(f"--tune finds configurations of Triton kernels on a GPU; this device is {device.type}")
     from pointillist.kernels.triton.configs import architecture_of, save_tuned
 
-    rows = {}
     for key, config in bench.tuned_rows(device, head_dims, tokens=16384):
-        progress.print(f"{key}: {config}", highlight=False)
-        rows[key] = config
-    progress.print(f"kept in {save_tuned(architecture_of(device), rows)}", highlight=False)
+        path = save_tuned(architecture_of(device), {key: config})
+        progress.print(f"{key}: {config}, kept in {path}", highlight=False, markup=False)
 
 
 def _heads(tokens: int, cuda: bool) -> int:
@@ -106,22 +114,43 @@ def _numbers(name: str, text: str, kind: type) -> list[Any]:
     try:
         return [kind(each) for each in text.split(",")]
     except ValueError as error:
-        raise ValueError(f"--{name} is {text!r}; it must be numbers separated by commas") from error
+        what = "whole numbers" if kind is int else "numbers"
+        raise ValueError(f"--{name} is {text!r}; it must be {what} separated by commas") from error
 
 
 def _print(result: dict[str, Any]) -> None:
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 140)  # a pipe has no width
     table = Table(title=f"attention on {result['machine']['processor']}, backend {result['backend']}")
-    for heading in ("tokens", "D", "dtype", "", "density", "ms", "speed-up", "of ideal", "TFLOP/s", "of matmul limit"):
+    headings = (
+        "tokens",
+        "heads",
+        "dtype",
+        "",
+        "density",
+        "ms",
+        "speed-up",
+        "of ideal",
+        "of own",
+        "TFLOP/s",
+        "of limit",
+    )
+    for heading in headings:
         table.add_column(heading, justify="right")
+
+    def share(value: float | None) -> str:
+        return "" if value is None else f"{value:.0%}"
+
     for row in result["rows"]:
-        plain = row["variant"] == "selection"
         table.add_row(
-            str(row["tokens"]), str(row["head_dim"]), row["dtype"], row["variant"], f"{row['density']:g}",
-            f"{row['milliseconds']:.1f}", f"{row['speedup']:.2f}×",
-            "" if row["share_of_ideal"] is None else f"{row['share_of_ideal']:.0%}",
-            "" if plain else f"{row['tflops']:.3g}", "" if plain else f"{row['share_of_matmul_limit']:.0%}",
+            str(row["tokens"]), f"{row['heads']}×{row['head_dim']}", row["dtype"], row["variant"],
+            f"{row['density']:.3g}", f"{row['milliseconds']:.1f}",
+            f"{row['speedup']:.2f}×" if row["tflops"] is not None else "", share(row["share_of_ideal"]),
+            share(row["share_of_own"]), "" if row["tflops"] is None else f"{row['tflops']:.3g}",
+            share(row["share_of_matmul_limit"]),
         )  # fmt: skip
     console.print(table)
+    reasons: dict[str, list[str]] = {}
     for name, why in result["absent"].items():
-        console.print(f"not measured: {name}: {why}", highlight=False)
+        reasons.setdefault(why, []).append(name)
+    for why, names in reasons.items():
+        console.print(f"not measured: {', '.join(names)}: {why}", highlight=False, markup=False)

@@ -4,6 +4,7 @@ All variants of a shape run in turn within each round, so that a busy moment hit
 Kept blocks are drawn at random, as many in every row; they lie scattered, as those of a video do.
 """
 
+import importlib.util
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -36,6 +37,7 @@ class Row:
     dtype: str
     variant: str
     density: float
+    """Kept share of the token pairs; blocks make it differ from what was asked for."""
     milliseconds: float
     """Median; the fastest and the slowest round beside it."""
     fastest_ms: float
@@ -43,10 +45,12 @@ class Row:
     speedup: float
     """Over the fastest dense implementation of the same shape, medians."""
     share_of_ideal: float | None
-    """Of ours only: how near the time is to density × that of ours at density 1."""
-    tflops: float
-    """Of the kept pairs, 4·S²·D·density for each head."""
-    share_of_matmul_limit: float
+    """Speed-up × density: 1 if sparse pairs are as fast as those of the fastest dense implementation."""
+    share_of_own: float | None
+    """The same against ours at density 1; of ours only."""
+    tflops: float | None
+    """Of the kept pairs, 4·S²·D·density for each head; None for what is no attention."""
+    share_of_matmul_limit: float | None
     """Of what a large matrix product reaches on this machine in this dtype."""
 
 
@@ -58,13 +62,15 @@ def attention_rows(
     q, k, v = (torch.randn(1, heads, tokens, head_dim, device=device, dtype=dtype) for _ in range(3))
     limit = matmul_flops(device, dtype) if limit is None else limit
     work, absent = dense_implementations(q, k, v)
-    dense = tuple(work)
+    dense, realised = tuple(work), {}
     for density in densities:
         layout = random_layout(heads, tokens, density, device)
+        realised[f"{density:g}"] = layout.density()
         work[f"pointillist {density:g}"] = partial(block_sparse_attention, q, k, v, layout)
         if density < 1:
             work[f"with tail {density:g}"] = partial(attention_with_pooled_tail, q, k, v, layout)
         work[f"selection {density:g}"] = partial(select, q, k, density)
+        work[f"selection and attention {density:g}"] = partial(_selected, q, k, v, density)
         if device.type == "cuda" and density < 1 and dtype != torch.float32:
             for kind in ("int8", "int8_fp8"):
                 work[f"{kind} {density:g}"] = partial(block_sparse_attention, q, k, v, layout, quantized=kind)
@@ -76,15 +82,17 @@ def attention_rows(
     own = statistics.median(seconds["pointillist 1"]) if "pointillist 1" in seconds else None
     rows = []
     for name, times in seconds.items():
-        variant, _, number = name.rpartition(" ") if name not in dense else (name, "", "1")
-        density, median = float(number), statistics.median(times)
+        variant, _, asked = name.rpartition(" ") if name not in dense else (name, "", "")
+        density, median = realised.get(asked, 1.0), statistics.median(times)
         flops = 4 * heads * tokens**2 * head_dim * density / median
-        ideal = density * own / median if own and variant == "pointillist" else None
+        attends, ours = variant != "selection", variant == "pointillist" and own is not None
         rows.append(
             Row(
-                tokens, heads, head_dim, str(dtype).removeprefix("torch."), variant, density, round(median * 1e3, 3),
-                round(min(times) * 1e3, 3), round(max(times) * 1e3, 3), round(fastest / median, 3),
-                None if ideal is None else round(ideal, 3), round(flops / 1e12, 4), round(flops / limit, 3),
+                tokens, heads, head_dim, str(dtype).removeprefix("torch."), variant, round(density, 4),
+                round(median * 1e3, 3), round(min(times) * 1e3, 3), round(max(times) * 1e3, 3),
+                round(fastest / median, 3), round(fastest / median * density, 3) if attends else None,
+                round((own or 0.0) * density / median, 3) if ours else None,
+                round(flops / 1e12, 4) if attends else None, round(flops / limit, 3) if attends else None,
             )
         )  # fmt: skip
     return rows, absent
@@ -142,6 +150,11 @@ def select(q: torch.Tensor, k: torch.Tensor, density: float) -> BlockLayout:
     return BlockLayout.from_mask(mask, BLOCK, BLOCK, tokens, tokens, pairs=heads * probe.query_blocks * keep)
 
 
+def _selected(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, density: float) -> object:
+    """All that a call of a dynamic pattern costs, its layout never seen before."""
+    return block_sparse_attention(q, k, v, select(q, k, density))
+
+
 def flex_attention_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: BlockLayout) -> Work:
     """FlexAttention over the same block pairs, compiled at its first call."""
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
@@ -167,7 +180,7 @@ def _compiled(function: Any) -> Any:
 
 def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
     """What this machine reaches in a large matrix product, FLOP/s: the practical limit of any attention."""
-    size = 8192 if device.type == "cuda" else 2048
+    size = 8192 if device.type == "cuda" else 512 if dtype == torch.float16 else 2048  # float16 crawls on CPUs
     a = torch.randn(size, size, device=device, dtype=dtype)
     times, _ = interleaved({"matmul": lambda: a @ a}, 5, device)
     return 2 * size**3 / min(times["matmul"])
@@ -185,13 +198,23 @@ def interleaved(
                 continue
             try:
                 elapsed = _seconds_of(each, device)
-            except (RuntimeError, NotImplementedError, ValueError) as error:
+            except _cannot_run() as error:
                 lines = str(error).strip().splitlines() or [""]
                 failed[name] = f"{type(error).__name__}: {lines[0][:200]}"
                 continue
             if round_:
                 seconds[name].append(elapsed)
     return {name: times for name, times in seconds.items() if name not in failed}, failed
+
+
+def _cannot_run() -> tuple[type[Exception], ...]:
+    """What implementations raise that do not run here, Triton's own errors among them."""
+    usual = (RuntimeError, NotImplementedError, ValueError, KeyError)
+    if importlib.util.find_spec("triton") is None:
+        return usual
+    from triton.errors import TritonError
+
+    return (*usual, TritonError)
 
 
 def _seconds_of(work: Work, device: torch.device) -> float:
@@ -208,6 +231,10 @@ def _seconds_of(work: Work, device: torch.device) -> float:
     return begin.elapsed_time(end) / 1e3
 
 
+TUNED_TILES = ((128, 128, 8), (128, 64, 8), (128, 64, 4), (128, 32, 8), (64, 64, 4))
+"""Queries, keys and warps that `tuned_rows` tries."""
+
+
 def tuned_rows(
     device: torch.device, head_dims: tuple[int, ...], tokens: int, rounds: int = 5
 ) -> Iterator[tuple[str, Any]]:
@@ -215,16 +242,19 @@ def tuned_rows(
     from pointillist.kernels.pooling import means_of
     from pointillist.kernels.quantization import quantize
     from pointillist.kernels.triton.block_sparse import launch
-    from pointillist.kernels.triton.configs import Config
+    from pointillist.kernels.triton.configs import Config, shared_memory_of
 
-    candidates = [
-        Config(tile_q, tile_k, warps, stages, registers)
-        for tile_q, tile_k, warps in ((128, 128, 8), (128, 64, 8), (128, 64, 4), (128, 32, 4), (64, 64, 4), (64, 32, 4))
-        for stages in (1, 2, 3, 4)
-        for registers in (None, 128)
-    ]
+    limit = shared_memory_of(device)
+    caps = (None,) if torch.version.hip else (None, 128)
     for head_dim in head_dims:
         q, k, v = (torch.randn(1, 16, tokens, head_dim, device=device, dtype=torch.bfloat16) for _ in range(3))
+        candidates = [
+            Config(tile_q, tile_k, warps, stages, registers)
+            for tile_q, tile_k, warps in TUNED_TILES
+            for stages in (2, 3)
+            for registers in caps
+            if 2 * head_dim * (tile_q + 2 * stages * tile_k) <= limit
+        ]
         layout = random_layout(16, tokens, 0.25, device)
         runs = BlockLayout.from_bounds(
             layout.mask(), layout.query_bounds, layout.key_bounds, tokens, tokens,

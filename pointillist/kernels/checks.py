@@ -27,6 +27,8 @@ def check_call(
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"{name} is a {type(x).__name__}; it must be a tensor")
+    if query_blocks is not None and not isinstance(query_blocks, torch.Tensor):
+        raise TypeError(f"query_blocks is {describe(query_blocks)}; it must be an int64 tensor [n]")
     if not isinstance(layout, BlockLayout):
         raise TypeError(
             f"the layout is a {type(layout).__name__}; it must be a BlockLayout, e.g. BlockLayout.from_mask"
@@ -129,7 +131,7 @@ def check_layout(layout: BlockLayout) -> None:
 
 def check_query_blocks(query_blocks: torch.Tensor, layout: BlockLayout) -> None:
     """Raises ValueError unless they are int64 [n], each a block of the layout."""
-    if not isinstance(query_blocks, torch.Tensor) or query_blocks.dtype != torch.int64 or query_blocks.ndim != 1:
+    if query_blocks.dtype != torch.int64 or query_blocks.ndim != 1:
         raise ValueError(f"query_blocks is {describe(query_blocks)}; it must be an int64 tensor [n]")
     if len(query_blocks) and values_are_known(query_blocks):
         low, high = int(query_blocks.min()), int(query_blocks.max())

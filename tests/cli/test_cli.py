@@ -176,5 +176,5 @@ def test_an_interrupt_leaves_nothing_and_says_so(tiny_folder, tmp_path):
             break
     out, rest = process.communicate(timeout=60)
     assert process.returncode == 130, lines
-    assert "Traceback" not in rest and "interrupted; nothing was written" in rest and out == ""
+    assert "Traceback" not in rest and "interrupted; no file is half-written" in rest and out == ""
     assert not list(tmp_path.iterdir())

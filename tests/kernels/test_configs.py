@@ -43,13 +43,24 @@ def test_tuned_rows_go_first_and_keep_the_others(own_file, monkeypatch):
     assert config_for(call[0], 64, torch.float16, "uniform", 128, 128).options()["maxnreg"] == 128
 
 
-@pytest.mark.parametrize(("name", "instead"), [("sm_75", "sm_80"), ("sm_86", "sm_89"), ("gfx950", "gfx942")])
-def test_an_unknown_architecture_says_so_once(monkeypatch, recwarn, name, instead):
+@pytest.mark.parametrize(
+    ("name", "shared", "instead"),
+    [("sm_86", 101376, "sm_89"), ("sm_87", 166912, "sm_80"), ("sm_103", 232448, "sm_80"), ("gfx950", 163840, "gfx942")],
+)
+def test_an_unknown_architecture_says_so_once(monkeypatch, recwarn, name, shared, instead):
     on(name, monkeypatch)
+    monkeypatch.setattr(configs, "shared_memory_of", lambda device: shared)
     for _ in range(3):
         config = config_for(torch.device("cpu"), 100, torch.float16, "runs", 128, 128)
     assert config == configs.shipped()[instead]["128/16/runs"]
     assert [name in str(w.message) and instead in str(w.message) for w in recwarn] == [True]
+
+
+def test_one_that_is_too_small_is_refused(monkeypatch):
+    on("sm_75", monkeypatch)
+    monkeypatch.setattr(configs, "shared_memory_of", lambda device: 65536)
+    with pytest.raises(ValueError, match="serve no sm_75 with 65536 bytes"):
+        config_for(torch.device("cpu"), 64, torch.float16, "runs", 128, 128)
 
 
 def test_a_spoilt_file_is_named(own_file):

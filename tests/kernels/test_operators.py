@@ -1,6 +1,7 @@
 """The kernels as operators: compiled in one graph, never waiting for the device, at 64-bit addresses."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,10 +15,12 @@ from pointillist.kernels import (
     block_sparse_attention,
     k_means,
     linear_attention,
+    means_of,
     pooled_attention,
     top_k,
     top_p,
 )
+from pointillist.kernels.quantization import quantize
 from pointillist.kernels.triton.worklist import work_of
 
 
@@ -32,7 +35,9 @@ def test_a_model_compiles_into_one_graph():
     class Model(torch.nn.Module):
         def forward(self, q, k, v):
             out = block_sparse_attention(q * 1.5, k, v, layout)
-            return out + attention_with_pooled_tail(q, k, v, layout) * 2
+            out = out + linear_attention(q, k, v, torch.relu, layout)
+            clusters = k_means(k, 3, iterations=1)
+            return out + attention_with_pooled_tail(q, k, v, layout) * 2 + clusters.centroids.mean()
 
     q, k, v = (torch.randn(1, 2, 64, 16) for _ in range(3))
     model = Model()
@@ -78,25 +83,63 @@ def one_step():
     return out, masses
 
 
+WAITS = {
+    "_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "unique_dim",
+    "unique_consecutive", "bincount", "index_bool", "repeat_interleave_of_tensor",
+}  # fmt: skip
+
+
 class NoWaiting(TorchDispatchMode):
     """Raises at every operation that has to know what the device computed."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.overloadpacket.__name__
+        if name == "index" and any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1]):
+            name = "index_bool"
+        if (
+            name == "repeat_interleave"
+            and (kwargs or {}).get("output_size") is None
+            and function._overloadname != "self_int"
+        ):
+            name = "repeat_interleave_of_tensor"
         to_host = name == "_to_copy" and (kwargs or {}).get("device") == torch.device("cpu")
-        if to_host or name in ("_local_scalar_dense", "nonzero", "unique_dim", "masked_select", "equal", "is_nonzero"):
+        if to_host or name in WAITS:
             raise AssertionError(f"{name} waits for the device")
         return function(*args, **(kwargs or {}))
 
 
-def test_a_step_never_waits_for_the_device():
+@pytest.fixture
+def no_reading(monkeypatch):
+    """The ways to a tensor's values that no dispatch mode sees."""
+    for name in ("tolist", "cpu", "numpy"):
+
+        def refuse(self, *args, _name=name, **kwargs):
+            raise AssertionError(f"{_name}() waits for the device")
+
+        monkeypatch.setattr(torch.Tensor, name, refuse)
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda x: x.item(), lambda x: x.tolist(), lambda x: x.cpu(), lambda x: x.numpy(), lambda x: x.nonzero(),
+        lambda x: x[x > 0], lambda x: x.unique(), lambda x: x.bincount(), lambda x: bool(x), lambda x: int(x),
+        lambda x: x.repeat_interleave(x),
+    ],
+)  # fmt: skip
+def test_waiting_is_seen(wait, no_reading):
+    with NoWaiting(), pytest.raises(AssertionError, match="waits for the device"):
+        wait(torch.ones(1, dtype=torch.int64))
+
+
+def test_a_step_never_waits_for_the_device(no_reading):
     """On tensors that have shapes and no values: whoever asks for a value, or a size that depends on one, fails."""
     with FakeTensorMode(allow_non_fake_inputs=False), NoWaiting():
         out, masses = one_step()
     assert out.shape == (2, 2, 256, 64) and masses.shape == (2, 2, 4, 4)
 
 
-def test_launching_never_waits_for_the_device(monkeypatch):
+def test_launching_never_waits_for_the_device(monkeypatch, no_reading):
     """What the operators hide from the test above: the code that prepares and makes the launches."""
     from triton.runtime.interpreter import InterpretedFunction
 
@@ -113,29 +156,38 @@ def test_launching_never_waits_for_the_device(monkeypatch):
         )  # fmt: skip
         bounds = layout.key_bounds.expand(2, 2, -1).contiguous()
         varying = BlockLayout.from_bounds(torch.rand(2, 2, 4, 4) < 0.5, bounds, bounds, 256, 256, pairs=64)
+        rounded = quantize(q, k, layout, v)
+        means = means_of(k, v, layout)
         with NoWaiting():
             for each in (layout, varying):
                 block_sparse.attention(q, k, v, each, 0.1)
-                block_sparse.attention(q, k, v, each, 0.1, query_blocks=torch.tensor([0, 2]))
-            masses_file.block_masses(q, k, torch.zeros(2, 2, 256), bounds, bounds, None, 0.1)
-            permute.permute(q, order, False)
-            pooling.pool_blocks(q, bounds, None)
-            nearest.nearest(q, k)
-            linear.apply(q, *linear.states_of(k, v, bounds, None), bounds, torch.float32)
+                block_sparse.attention(q, k, v, each, 0.1, means)
+                block_sparse.attention(q, k, v, each, 0.1, None, torch.tensor([0, 2]), rounded)
+            # an operator's body is hidden from a dispatch mode, so the bodies are called
+            masses_file.block_masses._init_fn(q, k, torch.zeros(2, 2, 256), bounds, bounds, None, 0.1)
+            permute.permute._init_fn(q, order, False)
+            pooling.pool_blocks._init_fn(q, bounds, None)
+            nearest.nearest._init_fn(q, k)
+            states = linear.states_of._init_fn(k, v, bounds, None)
+            linear.apply._init_fn(q, *states, bounds, torch.float32)
+            quantize(q, k, layout, v)
+            means_of(k, v, layout)
 
 
-def test_addresses_beyond_32_bits():
-    """Batch entries more than 2³¹ elements apart, in memory that is never touched in between."""
-    distance = 2**31 + 64
-    q, k, v = (
-        torch.empty(distance + 40 * 16, dtype=torch.bfloat16).as_strided((2, 1, 40, 16), (distance, 640, 16, 1))
-        for _ in range(3)
-    )
+@pytest.mark.parametrize("axis", ["head", "token"])
+def test_addresses_beyond_32_bits(axis):
+    """A stride below 2³¹ times a number that takes it beyond, in memory that is never touched in between."""
+    heads, length = (3, 40) if axis == "head" else (1, 200)
+    head, token = (2**30 + 64, 16) if axis == "head" else (16, 2**24)
+    memory = torch.empty(3 * 2**30 + 2**22 if axis == "head" else length * token + 2**22, dtype=torch.bfloat16)
+    q, k, v = (memory.as_strided((1, heads, length, 16), (0, head, token, 1), i * 2**20) for i in range(3))
     for x in (q, k, v):
-        x.copy_(torch.randn(2, 1, 40, 16))
-    layout = BlockLayout.from_mask(torch.rand(2, 1, 3, 3) < 0.6, 16, 16, 40, 40)
+        x.copy_(torch.randn(1, heads, length, 16))
+    blocks = -(-length // 16)
+    layout = BlockLayout.from_mask(torch.rand(1, heads, blocks, blocks) < 0.6, 16, 16, length, length)
+    near_q, near_k, near_v = (x.contiguous() for x in (q, k, v))
     far = block_sparse_attention(q, k, v, layout, backend="triton")
-    near = block_sparse_attention(q.contiguous(), k.contiguous(), v.contiguous(), layout, backend="triton")
+    near = block_sparse_attention(near_q, near_k, near_v, layout, backend="triton")
     assert torch.equal(far, near)
 
 
@@ -165,6 +217,35 @@ def test_work_covers_every_query_once_and_longest_lists_come_first(uniform):
         assert all(length <= 16 for _, length in runs)
     assert (seen == 1).all()
     assert lengths == sorted(lengths, reverse=True)
+
+
+def test_a_cached_list_is_that_of_its_layout():
+    """Two layouts may share parts, and parts may be written anew."""
+    q, k, v = (torch.randn(1, 2, 64, 16) for _ in range(3))
+    mask = top_k(torch.rand(1, 2, 4, 4), 2)
+    layout = BlockLayout.from_mask(mask, 16, 16, 64, 64)
+    others = BlockLayout.from_mask(mask.roll(1, -1), 16, 16, 64, 64).columns
+    moved = torch.tensor([[[0, 10, 30, 50, 64]]], dtype=torch.int32)
+
+    def check(each):
+        expected, actual = (block_sparse_attention(q, k, v, each, backend=name) for name in ("reference", "triton"))
+        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+
+    check(layout)
+    check(replace(layout, columns=others))
+    check(replace(layout, key_bounds=moved, query_bounds=moved, max_query_block=64, max_key_block=64, uniform=False))
+    layout.columns.copy_(others)
+    check(layout)
+
+
+def test_a_query_block_may_be_named_twice():
+    q, k, v = (torch.randn(1, 1, 200, 16) for _ in range(3))
+    bounds = torch.tensor([0, 100, 200], dtype=torch.int32)
+    layout = BlockLayout.from_bounds(torch.ones(1, 1, 2, 2, dtype=torch.bool), bounds, bounds, 200, 200)
+    twice = block_sparse_attention(q, k, v, layout, backend="triton", query_blocks=torch.tensor([0, 0, 0, 1]))
+    torch.testing.assert_close(twice, block_sparse_attention(q, k, v, layout, backend="cpu"))
+    none = block_sparse_attention(q, k, v, layout, query_blocks=torch.tensor([], dtype=torch.int64))
+    assert (none == 0).all()
 
 
 def test_lists_are_no_larger_than_promised():

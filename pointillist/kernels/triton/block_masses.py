@@ -6,7 +6,7 @@ import triton.language as tl
 
 from pointillist.kernels.triton import on_device
 from pointillist.kernels.triton.block_sparse import LOG2_E
-from pointillist.kernels.triton.configs import precision_of
+from pointillist.kernels.triton.configs import precision_of, small_config
 
 
 @triton.jit
@@ -68,13 +68,13 @@ def block_masses(
     query_bounds, key_bounds = (x.expand(batch, heads, -1) for x in (query_bounds, key_bounds))
     flags = query_bounds if valid is None else valid.expand(batch, heads, -1)
     out = torch.empty(batch, heads, q_blocks, k_blocks, dtype=torch.float32, device=q.device)
-    block_d = max(16, triton.next_power_of_2(head_dim))
+    block_d, config = max(16, triton.next_power_of_2(head_dim)), small_config(head_dim, q.element_size())
     with on_device(out):
         masses[(q_blocks, batch * heads)](
             q, k, lse, query_bounds, key_bounds, flags, out, scale * LOG2_E.value, heads, q_blocks, k_blocks, q_len,
             *q.stride()[:3], *k.stride()[:3], *query_bounds.stride()[:2], *key_bounds.stride()[:2], *flags.stride()[:2],
-            HEAD_DIM=head_dim, BLOCK_D=block_d, TILE_Q=64, TILE_K=64 if block_d <= 128 else 32,
-            HAS_VALID=valid is not None, PRECISION=precision_of(q.device, head_dim), num_warps=4, num_stages=2,
+            HEAD_DIM=head_dim, BLOCK_D=block_d, TILE_Q=config.tile_q, TILE_K=config.tile_k,
+            HAS_VALID=valid is not None, PRECISION=precision_of(q.device, head_dim), **config.options(),
         )  # fmt: skip
     return out
 

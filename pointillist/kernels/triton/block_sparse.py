@@ -17,6 +17,8 @@ from pointillist.kernels.triton.configs import Config, architecture_of, config_f
 from pointillist.kernels.triton.worklist import work_of
 
 MAX_HEAD_DIM = 256
+MAX_STRIDE = 2**24
+"""Of tokens: 128 of them are then within 32 bits."""
 LOG2_E = tl.constexpr(1.4426950408889634)
 FP8_MAX = tl.constexpr(448.0)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -107,17 +109,16 @@ def forward(
         for start in tl.range(0, means, TILE_K):
             ok = start + lanes < means
             seen = tl.load(PAIRS + start + lanes, mask=ok, other=0) != 0
-            if tl.max(seen.to(tl.int32), 0) > 0:  # of a pyramid's fine level, most tiles are seen by few
-                bias = tl.load(LOG_COUNTS + start + lanes, mask=ok, other=float("-inf")) * LOG2_E
-                bias = tl.where(seen, bias, float("-inf"))
-                mask = ok[:, None] & dim_ok[None, :]
-                first_of_tile = tl.cast(start, tl.int64) * stride_ms
-                mean_k = tl.load(MEAN_K + first_of_tile + at, mask=mask, other=0.0)
-                mean_v = tl.load(MEAN_V + first_of_tile + at, mask=mask, other=0.0)
-                scores = tl.dot(q, tl.trans(mean_k), input_precision=PRECISION)
-                highest, total, acc = _accumulate(
-                    scores * scale_log2 + bias[None, :], 1.0, mean_v, highest, total, acc, True, PRECISION
-                )
+            bias = tl.load(LOG_COUNTS + start + lanes, mask=ok, other=float("-inf")) * LOG2_E
+            bias = tl.where(seen, bias, float("-inf"))
+            mask = ok[:, None] & dim_ok[None, :]
+            first_of_tile = tl.cast(start, tl.int64) * stride_ms
+            mean_k = tl.load(MEAN_K + first_of_tile + at, mask=mask, other=0.0)
+            mean_v = tl.load(MEAN_V + first_of_tile + at, mask=mask, other=0.0)
+            scores = tl.dot(q, tl.trans(mean_k), input_precision=PRECISION)
+            highest, total, acc = _accumulate(
+                scores * scale_log2 + bias[None, :], 1.0, mean_v, highest, total, acc, True, PRECISION
+            )
 
     if FP8_VALUES:
         v_scale = tl.load(VALUE_SCALES + head_of_batch.to(tl.int64) * HEAD_DIM + dims, mask=dim_ok)
@@ -213,18 +214,20 @@ def attention(
             f"quantized='int8_fp8' needs FP8 matrix instructions (sm_89 and later); this is "
             f"{architecture_of(q.device)}: use quantized='int8'"
         )
-    kind = kind_of(layout, means, quantized)
+    kind = kind_of(layout, head_dim, means, quantized)
     config = config_for(q.device, head_dim, q.dtype, kind, layout.max_query_block, layout.max_key_block)
     return launch(q, k, v, layout, scale, config, means, query_blocks, quantized)
 
 
-def kind_of(layout: BlockLayout, means: Means | None, quantized: Quantized | None) -> str:
+def kind_of(layout: BlockLayout, head_dim: int, means: Means | None, quantized: Quantized | None) -> str:
     """Which row of the table of configurations a call wants."""
+    if layout.key_lengths is not None or head_dim != triton.next_power_of_2(head_dim):
+        return "padded"
     if quantized is not None:
         return "int8"
     if means is not None:
         return "means"
-    return "uniform" if layout.uniform and layout.key_lengths is None else "runs"
+    return "uniform" if layout.uniform else "runs"
 
 
 def launch(
@@ -251,7 +254,7 @@ def launch(
         q, k, query_scales, key_scales = in_order(q, layout.query_order), in_order(k, layout.key_order), lse, lse
     else:
         q, k, query_scales, key_scales = quantized.q, quantized.k, quantized.q_scales, quantized.k_scales
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = (x if x.stride(-1) == 1 and x.stride(2) <= MAX_STRIDE else x.contiguous() for x in (q, k, v))
     work = work_of(layout, batch, heads, config.tile_q, config.tile_k, query_blocks)
     valid = valid_places(layout.k_len, layout.key_lengths, layout.key_order, q.device)
     valid_strides = (0, 0) if valid is None else valid.expand(batch, heads, -1).stride()[:2]

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 import triton
 
-KINDS = ("uniform", "runs", "means", "int8")
-"""Equal blocks; blocks of any size or padding; with block means; INT8 queries and keys."""
-RELATIVES = {"sm_86": "sm_89", "sm_103": "sm_100", "sm_121": "sm_120", "gfx950": "gfx942"}
-"""Whose rows serve an architecture that has none: units of the same make, no larger. All others take `DEFAULT`."""
-DEFAULT = "sm_80"
+KINDS = ("uniform", "runs", "means", "int8", "padded")
+"""Equal blocks; blocks of any size; with block means; INT8 queries and keys; any of these with padding, or with a head
+dimension that is no power of 2."""
+STAND_INS = (("gfx", 65536, "gfx942"), ("sm_", 166912, "sm_80"), ("sm_", 101376, "sm_89"))
+"""Whose rows serve an architecture that has none: (its make, the shared memory that a program may need, the rows)."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def config_for(
     device: torch.device, head_dim: int, dtype: torch.dtype, kind: str, max_query_block: int, max_key_block: int
 ) -> Config:
     """The row for this call, with tiles no larger than the blocks."""
-    row = _row(architecture_of(device), _head_dim_class(head_dim), dtype.itemsize * 8, kind)
+    row = _row(architecture_of(device), shared_memory_of(device), _head_dim_class(head_dim), dtype.itemsize * 8, kind)
     return fitted(row, max_query_block, max_key_block)
 
 
@@ -70,6 +70,15 @@ def architecture_of(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
+def small_config(head_dim: int, itemsize: int) -> Config:
+    """Of the smaller kernels with a product: tiles of tokens, keys or centroids that spill on none of the six."""
+    tile, warps, stages = {
+        (64, 2): (64, 4, 1), (128, 2): (64, 4, 2), (256, 2): (64, 8, 2),
+        (64, 4): (32, 8, 1), (128, 4): (16, 4, 1), (256, 4): (16, 4, 1),
+    }[_head_dim_class(head_dim), itemsize]  # fmt: skip
+    return Config(tile, tile, warps, stages, why="compiled: no spills")
+
+
 def has_fp8(device: torch.device) -> bool:
     """Whether the device multiplies float8_e4m3fn; AMD's FP8 of gfx942 is another format."""
     name = architecture_of(device)
@@ -83,6 +92,13 @@ def precision_of(device: torch.device, head_dim: int) -> str:
     rule. Wider heads would spill registers so, and multiply without tensor cores.
     """
     return "ieee" if device.type == "cpu" or torch.version.hip or head_dim > 128 else "tf32x3"
+
+
+def shared_memory_of(device: torch.device) -> int:
+    """Bytes that one program may use; 0 on the CPU."""
+    if device.type == "cpu":
+        return 0
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 65536)
 
 
 def user_file() -> Path:
@@ -131,13 +147,19 @@ def _tables() -> tuple[dict[str, dict[str, Config]], dict[str, dict[str, Config]
 
 
 @lru_cache
-def _row(architecture: str, head_dim: int, bits: int, kind: str) -> Config:
+def _row(architecture: str, shared_memory: int, head_dim: int, bits: int, kind: str) -> Config:
     tuned, table = _tables()
     key = f"{head_dim}/{bits}/{kind}"
     if key in tuned.get(architecture, {}):
         return tuned[architecture][key]
     if architecture not in table:
-        instead = RELATIVES.get(architecture, DEFAULT)
+        rows = [name for make, needs, name in STAND_INS if architecture.startswith(make) and shared_memory >= needs]
+        if not rows:
+            raise ValueError(
+                f"the Triton kernels serve no {architecture} with {shared_memory} bytes of shared memory; "
+                'use backend="reference"'
+            )
+        instead = rows[0]
         warnings.warn(
             f"no tested kernel configuration for {architecture}: using those of {instead}; "
             "`pointillist bench attention --tune` measures better ones",

@@ -11,8 +11,13 @@ import triton.language as tl
 from pointillist.kernels.triton import on_device
 from pointillist.kernels.triton.configs import precision_of
 
-WIDTH = 64
-"""Columns of v in one program."""
+TILE = 32
+"""Tokens at a time."""
+
+
+def width_of(features: int) -> int:
+    """Columns of v in one program."""
+    return 64 if features <= 128 else 16
 
 
 @triton.jit
@@ -105,12 +110,12 @@ def states_of(
     states = torch.empty(batch, heads, blocks, features, head_dim, dtype=torch.float32, device=k.device)
     norms = torch.empty(batch, heads, blocks, features, dtype=torch.float32, device=k.device)
     with on_device(states):
-        block_states[(blocks, batch * heads, triton.cdiv(head_dim, WIDTH))](
+        block_states[(blocks, batch * heads, triton.cdiv(head_dim, width_of(features)))](
             k, v, bounds, flags, states, norms, blocks, heads, *k.stride()[:3], *v.stride()[:3], *bounds.stride()[:2],
             *flags.stride()[:2], FEATURES=features, BLOCK_F=max(16, triton.next_power_of_2(features)),
             HEAD_DIM=head_dim,
-            BLOCK_V=WIDTH, TILE=64, HAS_VALID=valid is not None, PRECISION=precision_of(k.device, features),
-            num_warps=8, num_stages=2,
+            BLOCK_V=width_of(features), TILE=TILE, HAS_VALID=valid is not None,
+            PRECISION=precision_of(k.device, features), num_warps=8, num_stages=1,
         )  # fmt: skip
     return states, norms
 
@@ -126,10 +131,11 @@ def apply(
     bounds, states, norms = bounds.expand(batch, heads, -1), states.contiguous(), norms.contiguous()
     out = torch.empty(batch, heads, q_len, head_dim, dtype=dtype, device=q.device)
     with on_device(out):
-        apply_states[(blocks, batch * heads, triton.cdiv(head_dim, WIDTH))](
+        apply_states[(blocks, batch * heads, triton.cdiv(head_dim, width_of(features)))](
             q, states, norms, bounds, out, blocks, heads, *q.stride()[:3], *out.stride()[:3], *bounds.stride()[:2],
             FEATURES=features, BLOCK_F=max(16, triton.next_power_of_2(features)), HEAD_DIM=head_dim,
-            BLOCK_V=WIDTH, TILE=32, PRECISION=precision_of(q.device, features), num_warps=8, num_stages=1,
+            BLOCK_V=width_of(features), TILE=TILE, PRECISION=precision_of(q.device, features),
+            num_warps=8, num_stages=1,
         )  # fmt: skip
     return out
 

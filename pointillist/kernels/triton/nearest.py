@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from pointillist.kernels.triton import on_device
-from pointillist.kernels.triton.configs import precision_of
+from pointillist.kernels.triton.configs import precision_of, small_config
 
 
 @triton.jit
@@ -52,12 +52,14 @@ def nearest(x: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
     x = x if x.stride(-1) == 1 else x.contiguous()
     batch, heads, length, head_dim = x.shape
     centroids = centroids.to(x.dtype).contiguous()
+    config = small_config(head_dim, x.element_size())
     labels = torch.empty(batch, heads, length, dtype=torch.int32, device=x.device)
     with on_device(labels):
-        nearest_centroid[(triton.cdiv(length, 64), batch * heads)](
+        nearest_centroid[(triton.cdiv(length, config.tile_q), batch * heads)](
             x, centroids, labels, heads, length, centroids.shape[2], *x.stride()[:3],
-            HEAD_DIM=head_dim, BLOCK_D=max(16, triton.next_power_of_2(head_dim)), TILE=64, TILE_C=64,
-            PRECISION=precision_of(x.device, head_dim), num_warps=4, num_stages=2,
+            HEAD_DIM=head_dim, BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+            TILE=config.tile_q, TILE_C=config.tile_k,
+            PRECISION=precision_of(x.device, head_dim), **config.options(),
         )  # fmt: skip
     return labels
 
