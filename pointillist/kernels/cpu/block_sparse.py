@@ -19,7 +19,7 @@ from pointillist.kernels.layout import BlockLayout
 from pointillist.kernels.pooling import Means, in_order, restore_order, valid_places
 
 QUERY_BLOCKS_PER_TASK = 8
-GATHERED_BYTES = 2**21
+GATHERED_BYTES = 2**22
 """Keys and values gathered at a time, if one query block does not need more."""
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
