@@ -5,6 +5,8 @@ import json
 import pytest
 import torch
 
+pytest.importorskip("triton", reason="triton has no build for this platform")
+
 from pointillist.kernels.triton import configs
 from pointillist.kernels.triton.configs import Config, config_for, fitted, save_tuned
 

@@ -8,6 +8,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+pytest.importorskip("triton", reason="triton has no build for this platform")
+
 from pointillist.kernels import (
     BlockLayout,
     attention_with_pooled_tail,
