@@ -11,6 +11,7 @@ from pointillist.accel import bridge
 from pointillist.accel.choose_plan import Choice, choose_plan
 from pointillist.accel.conflicts import Target, check_arguments, targets_of
 from pointillist.accel.dense import DenseAttention
+from pointillist.accel.layouts import forget_layouts
 from pointillist.accel.plan import Plan
 from pointillist.accel.report import Record, Report, make_report
 from pointillist.accel.run_state import watch_branches, watch_generations
@@ -64,6 +65,7 @@ class Acceleration:
             undo.callback(lambda: self._unwatch_scheduler())
             for target in targets:
                 self._install(target, undo)
+            undo.callback(forget_layouts)
             self._undo = undo.pop_all()
 
     def report(self) -> Report:

@@ -1,12 +1,12 @@
 """Which dense attention serves the calls that a plan leaves dense: the pipeline's own, a named one, or the fastest."""
 
 import statistics
-import time
-from collections import defaultdict
+from functools import partial
 
 import torch
 
 from pointillist.accel import bridge
+from pointillist.kernels.bench import interleaved
 
 FASTEST_OF = ("native", "_native_cudnn", "_native_flash", "_native_efficient", "flash", "_flash_3", "xformers")
 """Diffusers' exact implementations that need no download; approximate ones (sage) serve when they are named."""
@@ -49,24 +49,17 @@ _measured: dict[tuple, tuple[str, str]] = {}
 
 
 def _measure(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> tuple[str, str]:
-    seconds: defaultdict[str, list[float]] = defaultdict(list)
-    failed: set[str] = set()
-    for round_ in range(ROUNDS + 1):
-        for name in FASTEST_OF:
-            if name in failed:
-                continue
-            try:
-                bridge.check_dense_backend(name, q.device)
-                started = time.perf_counter()
-                bridge.dense_attention(name)(q, k, v, scale)
-                if q.is_cuda:
-                    torch.cuda.synchronize(q.device)
-            except (RuntimeError, ValueError, NotImplementedError, ImportError):
-                failed.add(name)  # it does not run here, and so is none of the fastest
-                continue
-            if round_:
-                seconds[name].append(time.perf_counter() - started)
+    work = {name: partial(bridge.dense_attention(name), q, k, v, scale) for name in FASTEST_OF if _runs(name, q.device)}
+    seconds, _ = interleaved(work, ROUNDS, q.device)
     medians = {name: statistics.median(each) for name, each in seconds.items()}
     in_order = sorted(medians, key=lambda name: medians[name])
     listed = ", ".join(f"{name} {medians[name] * 1e3:.1f} ms" for name in in_order)
     return in_order[0], f"the fastest here for {q.shape[1]} tokens: {listed}"
+
+
+def _runs(name: str, device: torch.device) -> bool:
+    try:
+        bridge.check_dense_backend(name, device)
+    except ValueError:
+        return False
+    return True

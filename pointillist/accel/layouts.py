@@ -43,6 +43,11 @@ def _static_layout(
     return _lay_out(patterns, scores, tiling, dense_first_frame)
 
 
+def forget_layouts() -> None:
+    """Let go of the layouts of static patterns, which may hold much of a GPU's memory."""
+    _static_layout.cache_clear()
+
+
 def _lay_out(
     patterns: tuple[Pattern, ...], scores: torch.Tensor, tiling: Tiling, dense_first_frame: bool
 ) -> tuple[BlockLayout, torch.Tensor]:

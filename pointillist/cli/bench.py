@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -82,7 +83,7 @@ def attention(
             where, length, heads or _heads(length, cuda), dim, kind, densities=tuple(densities), rounds=rounds,
             flex=flex, limit=result["matmul_tflops"][name] * 1e12,
         )  # fmt: skip
-        result["rows"] += bench.as_json(rows)
+        result["rows"] += [asdict(row) for row in rows]
         result["absent"] |= {f"{each} ({length} tokens, {dim}, {name})": why for each, why in absent.items()}
         if output is not None:  # after every shape, so that an interruption loses one
             beside = output.with_suffix(".tmp")

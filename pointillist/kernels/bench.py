@@ -4,25 +4,24 @@ All variants of a shape run in turn within each round, so that a busy moment hit
 Kept blocks are drawn at random, as many in every row; they lie scattered, as those of a video do.
 """
 
-import importlib.util
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pointillist.kernels.dispatch import attention_with_pooled_tail, block_sparse_attention
-from pointillist.kernels.layout import BlockLayout
+from pointillist.kernels.layout import BlockLayout, uniform_bounds
 from pointillist.kernels.pooling import pool_blocks
 from pointillist.kernels.selection import top_k
+from pointillist.kernels.triton import INSTALLED
 
 Work = Callable[[], object]
 BLOCK = 128
-DENSITIES = (1.0, 0.5, 0.25, 0.125, 0.06)
 MATH_BYTES = 2**31
 """The plain implementation writes all scores; above this many bytes of them it is left out."""
 
@@ -56,11 +55,10 @@ class Row:
 
 def attention_rows(
     device: torch.device, tokens: int, heads: int, head_dim: int, dtype: torch.dtype, *,
-    densities: tuple[float, ...] = DENSITIES, rounds: int = 5, flex: bool = True, limit: float | None = None,
+    densities: tuple[float, ...], rounds: int, flex: bool, limit: float,
 ) -> tuple[list[Row], dict[str, str]]:  # fmt: skip
-    """All variants at one shape, and what could not run: name → reason."""
+    """All variants at one shape, and what could not run: name → reason. `limit` is that of `matmul_flops`."""
     q, k, v = (torch.randn(1, heads, tokens, head_dim, device=device, dtype=dtype) for _ in range(3))
-    limit = matmul_flops(device, dtype) if limit is None else limit
     work, absent = dense_implementations(q, k, v)
     dense, realised = tuple(work), {}
     for density in densities:
@@ -96,11 +94,6 @@ def attention_rows(
             )
         )  # fmt: skip
     return rows, absent
-
-
-def as_json(rows: list[Row]) -> list[dict[str, Any]]:
-    """The rows as plain objects."""
-    return [asdict(row) for row in rows]
 
 
 def dense_implementations(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[dict[str, Work], dict[str, str]]:
@@ -139,15 +132,13 @@ def random_layout(heads: int, tokens: int, density: float, device: torch.device)
 
 def select(q: torch.Tensor, k: torch.Tensor, density: float) -> BlockLayout:
     """Choosing blocks by pooled scores and laying them out: what a dynamic pattern does before attention."""
-    heads, tokens = q.shape[1], q.shape[2]
-    probe = BlockLayout.from_mask(
-        torch.zeros(1, 1, *(2 * (-(-tokens // BLOCK),)), dtype=torch.bool, device=q.device), BLOCK, BLOCK, tokens,
-        tokens, pairs=0,
-    )  # fmt: skip
-    means = [pool_blocks(x, bounds)[0] for x, bounds in ((q, probe.query_bounds), (k, probe.key_bounds))]
-    keep = max(1, round(density * probe.key_blocks))
-    mask = top_k(means[0] @ means[1].transpose(-1, -2), keep)
-    return BlockLayout.from_mask(mask, BLOCK, BLOCK, tokens, tokens, pairs=heads * probe.query_blocks * keep)
+    heads, tokens, bounds = q.shape[1], q.shape[2], uniform_bounds(q.shape[2], BLOCK, q.device)
+    (q_means, _), (k_means, _) = pool_blocks(q, bounds), pool_blocks(k, bounds)
+    scores = q_means @ k_means.transpose(-1, -2)
+    keep = max(1, round(density * scores.shape[-1]))
+    return BlockLayout.from_mask(
+        top_k(scores, keep), BLOCK, BLOCK, tokens, tokens, pairs=heads * scores.shape[-1] * keep
+    )
 
 
 def _selected(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, density: float) -> object:
@@ -169,13 +160,9 @@ def flex_attention_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout:
     return partial(_compiled(flex_attention), q, k, v, block_mask=blocks)
 
 
-_compiled_functions: dict[Any, Any] = {}
-
-
+@cache
 def _compiled(function: Any) -> Any:
-    if function not in _compiled_functions:
-        _compiled_functions[function] = torch.compile(function, dynamic=False)
-    return _compiled_functions[function]
+    return torch.compile(function, dynamic=False)
 
 
 def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
@@ -209,12 +196,11 @@ def interleaved(
 
 def _cannot_run() -> tuple[type[Exception], ...]:
     """What implementations raise that do not run here, Triton's own errors among them."""
-    usual = (RuntimeError, NotImplementedError, ValueError, KeyError)
-    if importlib.util.find_spec("triton") is None:
-        return usual
+    if not INSTALLED:
+        return RuntimeError, ValueError
     from triton.errors import TritonError
 
-    return (*usual, TritonError)
+    return RuntimeError, ValueError, TritonError
 
 
 def _seconds_of(work: Work, device: torch.device) -> float:

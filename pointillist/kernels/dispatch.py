@@ -4,7 +4,6 @@ Every one of them is an opaque operator to `torch.compile`, which sees one graph
 """
 
 import importlib
-import importlib.util
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -16,25 +15,24 @@ from pointillist.kernels.layout import BlockLayout, bounds_per_head, uniform_bou
 from pointillist.kernels.pooling import Means, dropped_of, in_order, means_of, restore_order, valid_places
 from pointillist.kernels.quantization import KINDS as QUANTIZED
 from pointillist.kernels.quantization import from_int8, quantize
+from pointillist.kernels.triton import INSTALLED, interpreting
 
 BACKENDS = ("reference", "cpu", "triton")
 BREAK_EVEN = {
     ("reference", False): 1.0, ("reference", True): 1.0, ("cpu", False): 0.7, ("cpu", True): 0.55,
     ("triton", False): 0.9, ("triton", True): 0.85,
 }  # fmt: skip
-"""(backend, with a pooled tail) → the density from which on dense attention is faster. Measured for `cpu`
-(benchmarks/results/attention_cpu.json), an estimate for `triton`; `reference` is there for its exactness."""
+"""(backend, with a pooled tail) → the density from which on dense attention is faster. For `cpu` read off the figures
+at 0.5 and 1 (benchmarks/results/attention_cpu.json), an estimate for `triton`; `reference` is there to be exact."""
 
 
 def available_backends(device: torch.device | str = "cpu") -> dict[str, str]:
     """Every backend → "" if it runs on `device`, else the reason why not."""
     kind = torch.device(device).type
     reasons = {"reference": "", "cpu": "" if kind == "cpu" else f"it computes on the CPU only, not on {kind}"}
-    if importlib.util.find_spec("triton") is None:
+    if not INSTALLED:
         reasons["triton"] = "the package triton is not installed"
     elif kind == "cpu":
-        from pointillist.kernels.triton import interpreting
-
         wanted = "CPU tensors need Triton's interpreter (TRITON_INTERPRET=1), which is for tests"
         reasons["triton"] = "" if interpreting() else wanted
     elif kind == "cuda":
@@ -50,8 +48,7 @@ def choose_backend(device: torch.device | str, wish: str = "auto") -> tuple[str,
     Raises:
         ValueError: the wished backend is unknown or cannot run here.
     """
-    if wish != "auto" and wish not in BACKENDS:
-        raise ValueError(f"backend {wish!r} is unknown; allowed are auto, {', '.join(BACKENDS)}")
+    _check_wish(wish)
     reasons = available_backends(device)
     if wish != "auto":
         if reasons[wish]:
@@ -93,6 +90,7 @@ def block_sparse_attention(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit each other, or a backend that cannot run here.
     """
+    check_call(q, k, v, layout, scale, query_blocks)
     out, lse = _attention(q, k, v, layout, scale, backend, None, query_blocks, quantized)
     return (out, lse) if return_lse else out
 
@@ -113,8 +111,8 @@ def attention_with_pooled_tail(
     `means` gives others than the block means, for example the levels of a pyramid (PSA). The other arguments, the
     result and the errors are those of `block_sparse_attention`.
     """
+    check_call(q, k, v, layout, scale, query_blocks, means)
     if means is None:
-        check_call(q, k, v, layout, scale, query_blocks)
         if layout.key_lengths is None:  # valid lengths count tokens in their own order, so that order must stay
             k, v = in_order(k, layout.key_order), in_order(v, layout.key_order)
             layout = replace(layout, key_order=None)
@@ -151,7 +149,9 @@ def pooled_attention(
         max_query_block=q.shape[2],
         max_key_block=1,
     )
-    return _attention(q, pooled_k[:, :, :1], pooled_v[:, :, :1], nothing, scale, backend, means)
+    some_k, some_v = pooled_k[:, :, :1], pooled_v[:, :, :1]  # of the one key block, which nobody sees
+    check_call(q, some_k, some_v, nothing, scale, means=means)
+    return _attention(q, some_k, some_v, nothing, scale, backend, means)
 
 
 merge_attention = reference.merge_attention
@@ -226,9 +226,8 @@ def _attention(
     query_blocks: torch.Tensor | None = None,
     quantized: str = "none",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    check_call(q, k, v, layout, scale, query_blocks, means)
-    if backend != "auto" and backend not in BACKENDS:
-        raise ValueError(f"backend {backend!r} is unknown; allowed are auto, {', '.join(BACKENDS)}")
+    """For arguments that `check_call` has passed."""
+    _check_wish(backend)
     if quantized not in QUANTIZED:
         raise ValueError(f"quantized is {quantized!r}; allowed are {', '.join(QUANTIZED)}")
     return torch.ops.pointillist.attention(
@@ -297,6 +296,11 @@ def _(q, k, v, *rest):
 
 def _lse_dtype(q: torch.Tensor, backend: str) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 and backend == "reference" else torch.float32
+
+
+def _check_wish(backend: str) -> None:
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f"backend {backend!r} is unknown; allowed are auto, {', '.join(BACKENDS)}")
 
 
 def _backend(name: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:

@@ -1,12 +1,11 @@
 """Block means: what selection scores and what a pooled tail attends to."""
 
-import importlib.util
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 
 from pointillist.kernels.layout import BlockLayout, block_of_place, bounds_per_head
+from pointillist.kernels.triton import INSTALLED
 
 
 @dataclass(frozen=True)
@@ -68,12 +67,7 @@ def pool_blocks(
 
 def has_kernels(x: torch.Tensor) -> bool:
     """Whether Triton's kernels serve `x`; the definitions in plain torch serve everything else."""
-    return x.is_cuda and x.dtype in (torch.float16, torch.bfloat16, torch.float32) and _triton_is_installed()
-
-
-@cache
-def _triton_is_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    return x.is_cuda and x.dtype in (torch.float16, torch.bfloat16, torch.float32) and INSTALLED
 
 
 def valid_places(

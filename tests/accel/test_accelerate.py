@@ -275,3 +275,12 @@ def test_plans_run_densely_above_the_break_even_but_uniform_ones_do_not(pipe, ru
     with accelerate(pipe, replace(plan, break_even=False)) as handle:
         run(pipe)
         assert handle.report().steps["dense"] == 0
+
+
+def test_restoring_lets_go_of_static_layouts(pipe, run):
+    from pointillist.accel.layouts import _static_layout
+
+    with accelerate(pipe, Plan.uniform("window", 0.4, block=16)):
+        run(pipe)
+        assert _static_layout.cache_info().currsize == 1  # of all layers, steps and branches
+    assert _static_layout.cache_info().currsize == 0

@@ -1,9 +1,13 @@
 """The kernels in Triton, one primitive per file. Import nothing here that needs triton: it is optional."""
 
 import contextlib
+import importlib.util
 import os
 
 import torch
+
+INSTALLED = importlib.util.find_spec("triton") is not None
+"""Whether there is a triton to import: looked up once, since every call asks."""
 
 
 def interpreting() -> bool:

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from pointillist.kernels import quantization
 from pointillist.kernels.layout import BlockLayout
 from pointillist.kernels.pooling import Means, in_order, restore_order, valid_places
 from pointillist.kernels.quantization import GROUP, Quantized
@@ -20,7 +21,7 @@ MAX_HEAD_DIM = 256
 MAX_STRIDE = 2**24
 """Of tokens: 128 of them are then within 32 bits."""
 LOG2_E = tl.constexpr(1.4426950408889634)
-FP8_MAX = tl.constexpr(448.0)
+FP8_MAX = tl.constexpr(quantization.FP8_MAX)
 LN_2 = tl.constexpr(0.6931471805599453)
 
 

@@ -1,8 +1,7 @@
 """What each program computes, in which order: tables made on the device, without waiting for it.
 
 A program is a tile of queries of one head. Tiles with the longest key lists come first, so that no head whose
-density is above the others' is left to finish alone (longest processing time first; within 2 % of ideal in the
-simulations this design rests on, against up to 50 % lost in natural order on short sequences).
+density is above the others' is left to finish alone (longest processing time first).
 """
 
 import weakref
