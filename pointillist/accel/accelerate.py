@@ -1,6 +1,7 @@
 """`accelerate`: install a plan in a pipeline, report what ran, restore."""
 
 import os
+from collections.abc import Mapping
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
@@ -8,15 +9,18 @@ from typing import Any
 import torch
 
 from pointillist.accel import bridge
+from pointillist.accel.blocks import blocks_in, places_in
 from pointillist.accel.choose_plan import Choice, choose_plan
-from pointillist.accel.conflicts import Target, check_arguments, targets_of
+from pointillist.accel.conflicts import AccelerateError, Target, check_arguments, targets_of
 from pointillist.accel.dense import DenseAttention
 from pointillist.accel.layouts import forget_layouts
+from pointillist.accel.patterns import pattern_class
 from pointillist.accel.plan import Plan
 from pointillist.accel.report import Record, Report, make_report
 from pointillist.accel.run_state import watch_branches, watch_generations
-from pointillist.accel.site import Runtime, Site
+from pointillist.accel.site import Observer, Runtime, Site
 from pointillist.accel.timing import now
+from pointillist.accel.trained import check_keys, load_weights, watch_hidden_states, weights_of
 
 
 def accelerate(
@@ -26,6 +30,7 @@ def accelerate(
     regions: str | None = "auto",
     backend: str = "auto",
     dense: str = "auto",
+    weights: str | os.PathLike[str] | Mapping[str, torch.Tensor] | None = None,
 ) -> "Acceleration":
     """Make the self-attention of a Diffusers pipeline follow a plan. The pipeline is used as before.
 
@@ -36,6 +41,8 @@ def accelerate(
         backend: of sparse calls: `auto`, or a name from `pointillist.kernels.available_backends`.
         dense: of dense calls: `auto` (what the pipeline asks for), the name of one of Diffusers' attention backends
             (`native`, `_native_cudnn`, `flash`, `sage`, `xformers` …), or `fastest`: measured at the first dense call.
+        weights: for patterns that are trained (`sla`, `vsa`, `seer`): a safetensors file, or a mapping, with what the
+            pipeline has not loaded. Keys like `blocks.3.attn1.proj_l.weight`: see `accel/trained.py`.
 
     Returns:
         A handle with `report()` and `restore()`; as a context manager it restores on leaving.
@@ -46,18 +53,28 @@ def accelerate(
     """
     targets = targets_of(pipe)
     check_arguments(pipe, cache, regions, backend, dense)
-    return Acceleration(pipe, targets, choose_plan(plan, targets), backend, dense)
+    choice = choose_plan(plan, targets)
+    return Acceleration(pipe, targets, choice, backend, dense, _weights(weights, targets))
 
 
 class Acceleration:
     """The handle of an accelerated pipeline."""
 
-    def __init__(self, pipe: Any, targets: tuple[Target, ...], choice: Choice, backend: str, dense: str) -> None:
+    def __init__(
+        self,
+        pipe: Any,
+        targets: tuple[Target, ...],
+        choice: Choice,
+        backend: str,
+        dense: str,
+        weights: Mapping[str, torch.Tensor],
+    ) -> None:
         self._pipe = pipe
         self._choice = choice
         self._targets = targets
         self._runtime = Runtime(choice.plan, backend)
         self._dense = DenseAttention(dense)
+        self._weights = weights
         self._device = torch.device("cpu")
         self._undo = ExitStack()
         with ExitStack() as undo:  # undoes all of it if one installation fails
@@ -66,6 +83,7 @@ class Acceleration:
             for target in targets:
                 self._install(target, undo)
             undo.callback(forget_layouts)
+            undo.callback(self._runtime.forget)
             self._undo = undo.pop_all()
 
     def report(self) -> Report:
@@ -77,6 +95,11 @@ class Acceleration:
             plan_source=self._plan_source(),
             dense_backend=self._dense.choice,
         )
+
+    def observe(self, observer: Observer | None) -> None:
+        """Call `observer(site, branch, step, q, k, v, out)`, tensors [B, S, H, D], at every attention call from now on;
+        None ends it. The tensors may be reused after the call: clone what is to be kept."""
+        self._runtime.observer = observer
 
     def restore(self) -> None:
         """Undo everything: the next output is that of a pipeline never touched. May be called twice."""
@@ -92,6 +115,7 @@ class Acceleration:
 
     def _install(self, target: Target, undo: ExitStack) -> None:
         state, family, transformer = self._runtime.state, target.family, target.transformer
+        plan = self._choice.plan
 
         @torch.compiler.disable
         def entered(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -108,10 +132,22 @@ class Acceleration:
         undo.callback(watch_branches(transformer, state))
         undo.callback(transformer.register_forward_pre_hook(entered, with_kwargs=True).remove)
         undo.callback(transformer.register_forward_hook(left, always_call=True).remove)
+        sites: dict[torch.nn.Module, Site] = {}
         for layer, (block, attention) in enumerate(family.sites(transformer)):
             name = f"{target.name}.{family.site_name(layer)}"
-            site = Site(name, layer, self._dense.handler(attention), self._runtime)
-            undo.callback(bridge.route(block, attention, site))
+            trained = weights_of(attention, name, self._weights)
+            sites[attention] = Site(name, layer, self._dense.handler(attention), self._runtime, trained)
+            undo.callback(bridge.route(block, attention, sites[attention]))
+        if plan is not None and plan.hoist:
+
+            def order() -> tuple[torch.Tensor, torch.Tensor]:
+                assert state.grid is not None
+                shape = (plan.hoist, state.grid, plan.block, self._device)
+                return blocks_in(*shape).order[0, 0], places_in(*shape)
+
+            undo.callback(family.hoist(transformer, order))
+        if _asks_for_hidden_states(self._choice.plan):
+            undo.callback(watch_hidden_states(sites))
 
     def _watch_scheduler(self) -> None:
         self._scheduler = self._pipe.scheduler
@@ -125,6 +161,7 @@ class Acceleration:
 
     def _generation_began(self, scheduler: Any) -> None:
         self._runtime.state.begin_generation(scheduler)
+        self._runtime.forget()
         self._runtime.record = Record()
 
     def _call_began(self, device: torch.device) -> None:
@@ -136,7 +173,7 @@ class Acceleration:
         for target in self._targets:
             strays = sum(not bridge.is_routed(attention) for _, attention in target.family.sites(target.transformer))
             if strays:
-                record.fallbacks[f"dense: {strays} sites of {target.name} got another processor or backend"] += 1
+                record.notes[f"dense: {strays} sites of {target.name} got another processor or backend"] += 1
 
     def _step_ended(self) -> None:
         self._runtime.record.last_step = now(self._device)
@@ -147,3 +184,24 @@ class Acceleration:
             return self._choice.source
         made_for, here = ("×".join(map(str, each)) for each in (plan.grid, grid))
         return f"{self._choice.source}; carried over from the grid {made_for} to {here}"
+
+
+def _weights(
+    given: str | os.PathLike[str] | Mapping[str, torch.Tensor] | None, targets: tuple[Target, ...]
+) -> dict[str, torch.Tensor]:
+    """Raises AccelerateError for what are no trained tensors of these targets."""
+    sites = [
+        f"{target.name}.{target.family.site_name(layer)}"
+        for target in targets
+        for layer in range(len(target.family.sites(target.transformer)))
+    ]
+    try:
+        weights = load_weights(given)
+        check_keys(weights, sites)
+    except ValueError as error:
+        raise AccelerateError(str(error)) from error
+    return weights
+
+
+def _asks_for_hidden_states(plan: Plan | None) -> bool:
+    return plan is not None and any(pattern_class(rule.pattern).HIDDEN_STATES for row in plan.table for rule in row)

@@ -12,11 +12,12 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_safetensors
 
+from pointillist.accel.patterns import PATTERNS, pattern_class
 from pointillist.accel.schedule import Schedule
 
 SCHEMA = 1
-PATTERN_NAMES = ("dense", "window", "pooled")
-TAILS = ("none", "pooled")
+TAILS = ("none", "pooled", "rectified", "rescaled")
+QUANTIZED = ("none", "int8", "int8_fp8")
 MAX_LAYERS = MAX_HEADS = 1024
 
 
@@ -24,18 +25,39 @@ class PlanError(ValueError):
     """A plan that is not one: what was found, and what is allowed."""
 
 
+Option = int | float | str | bool
+
+
 @dataclass(frozen=True)
 class Rule:
-    """What one head does in sparse steps: a pattern at a density in (0, 1]."""
+    """What one head does in sparse steps: a pattern at a density in (0, 1], and the pattern's options."""
 
     pattern: str
     density: float
+    options: tuple[tuple[str, Option], ...] = ()
+    """By name; those not named have the pattern's defaults."""
 
     def __post_init__(self) -> None:
-        if self.pattern not in PATTERN_NAMES:
-            raise PlanError(f"pattern {self.pattern!r} is unknown; allowed are {', '.join(PATTERN_NAMES)}")
+        if self.pattern not in PATTERNS:
+            raise PlanError(f"pattern {self.pattern!r} is unknown; allowed are {', '.join(PATTERNS)}")
         if not _is_number(self.density) or not 0 < self.density <= 1:
             raise PlanError(f"density is {self.density!r}; it must be a number above 0 and at most 1")
+        if self.options:
+            _check_options(self.pattern, self.options)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in a plan file."""
+        options = {"options": dict(self.options)} if self.options else {}
+        return {"pattern": self.pattern, "density": self.density, **options}
+
+    @classmethod
+    def from_dict(cls, values: Any) -> Rule:
+        """The inverse of `to_dict`. Raises PlanError."""
+        values = _only_fields(cls, values, "rule")
+        options = values.get("options", {})
+        if not isinstance(options, dict):
+            raise PlanError(f"a rule's options are {options!r:.200}; they must be an object")
+        return cls(**{**values, "options": tuple(sorted(options.items()))})
 
 
 @dataclass(frozen=True)
@@ -47,9 +69,21 @@ class Plan:
     """One row per layer, or one for all; in it one rule per head, or one for all."""
     tail: str = "none"
     """What stands in for dropped pairs: `none`, or `pooled` (block means)."""
+    residual: bool = False
+    """Add what was lost at the last dense step, ever less of it (after Re-ttention). A site remembers as much as q for
+    each branch, which large models have no room for."""
     schedule: Schedule = field(default_factory=Schedule)
     block: int = 128
     """At most so many tokens are in a block."""
+    quantized: str = "none"
+    """`int8`, queries and keys of kept pairs in INT8, or `int8_fp8`, values in FP8 as well (PAROAttention; Sage)."""
+    hoist: str = ""
+    """An order of blocks (`blocks.BLOCK_ORDERS`) in which the tokens run through the whole transformer, so that
+    patterns in this order permute nothing in the layers (Jenga). Dense calls then differ by rounding."""
+    reuse_layers: int = 1
+    """Patterns that look at q and k choose anew on every n-th layer; those between keep its choice (TidalDecode)."""
+    reuse_steps: int = 1
+    """Likewise for sparse steps: chosen anew on every n-th (SVOO, DFSAttn)."""
     dense_first_frame: bool = False
     """In a video, queries of the first latent frame see everything. A causal VAE encodes that frame by itself, and
     in the embedded model sparse attention gave it wrong colours."""
@@ -71,20 +105,28 @@ class Plan:
 
     @classmethod
     def uniform(
-        cls, pattern: str, density: float, *, tail: str = "default", dense_steps: int = 0, block: int = 128
+        cls,
+        pattern: str,
+        density: float,
+        *,
+        tail: str = "default",
+        dense_steps: int = 0,
+        block: int = 128,
+        **options: Option,
     ) -> Plan:
         """The same pattern and density in every head of every model, at any length: exactly that.
 
         Args:
-            tail: `none`, `pooled`, or `default` (pooled for the pattern `pooled`, else none).
+            tail: `none`, `pooled`, `rectified`, `rescaled`, or `default`: what the pattern is best with.
             dense_steps: so many first steps are dense.
+            options: of the pattern, for example order="gilbert".
 
         Raises:
             PlanError: a value that is not allowed.
         """
-        rule = Rule(pattern, 1.0 if pattern == "dense" else density)
+        rule = Rule(pattern, 1.0 if pattern == "dense" else density, tuple(sorted(options.items())))
         if tail == "default":
-            tail = "pooled" if pattern == "pooled" else "none"
+            tail = pattern_class(pattern).TAIL
         steps = f", {dense_steps} dense steps" if dense_steps else ""
         return cls(
             name="uniform dense" if pattern == "dense" else f"uniform {pattern} at {density:g}, tail {tail}{steps}",
@@ -110,7 +152,8 @@ class Plan:
 
     def to_json(self) -> str:
         """The plan as a JSON object, the inverse of `from_json`."""
-        return json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1, allow_nan=False)
+        table = [[rule.to_dict() for rule in row] for row in self.table]
+        return json.dumps({"schema": SCHEMA, **asdict(self), "table": table}, indent=1, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -125,7 +168,7 @@ class Plan:
             raise PlanError(f"the plan's schema is not {SCHEMA}, the one that this version reads")
         values = _only_fields(cls, values, "plan")
         try:
-            table = tuple(tuple(Rule(**_only_fields(Rule, rule, "rule")) for rule in row) for row in values["table"])
+            table = tuple(tuple(Rule.from_dict(rule) for rule in row) for row in values["table"])
             schedule = Schedule(**_only_fields(Schedule, values.get("schedule", {}), "schedule"))
             grid = values.get("grid")
             values.update(table=table, schedule=schedule, grid=None if grid is None else tuple(grid))
@@ -166,10 +209,15 @@ class Plan:
 
 def _check(plan: Plan) -> None:
     """Raises PlanError for the first value of `plan` that is not allowed."""
-    if plan.tail == "rescaled":
-        raise PlanError("tail 'rescaled' is not built yet; use 'pooled' or 'none'")
     if plan.tail not in TAILS:
         raise PlanError(f"tail {plan.tail!r} is unknown; allowed are {', '.join(TAILS)}")
+    if plan.quantized not in QUANTIZED:
+        raise PlanError(f"quantized is {plan.quantized!r}; allowed are {', '.join(QUANTIZED)}")
+    if plan.hoist:
+        _check_hoist(plan)
+    for name in ("reuse_layers", "reuse_steps"):
+        if not _is_count(getattr(plan, name)) or getattr(plan, name) < 1:
+            raise PlanError(f"{name} is {getattr(plan, name)!r}; it must be a whole number, 1 or more")
     if not all(isinstance(text, str) for text in (plan.name, plan.model)):
         raise PlanError(f"name {plan.name!r} and model {plan.model!r} must be text")
     if plan.hardware is not None and not isinstance(plan.hardware, str):
@@ -178,7 +226,7 @@ def _check(plan: Plan) -> None:
         raise PlanError(f"the table must have 1 to {MAX_LAYERS} rows of 1 to {MAX_HEADS} rules")
     if not _is_count(plan.block) or not 1 <= plan.block <= 4096:
         raise PlanError(f"block is {plan.block!r}; it must be a whole number from 1 to 4096")
-    for name in ("dense_first_frame", "break_even"):
+    for name in ("dense_first_frame", "break_even", "residual"):
         if not isinstance(getattr(plan, name), bool):
             raise PlanError(f"{name} is {getattr(plan, name)!r}; it must be true or false")
     if not _is_count(plan.min_tokens):
@@ -187,11 +235,38 @@ def _check(plan: Plan) -> None:
         raise PlanError(f"grid is {plan.grid!r}; it must be three whole numbers (T, H, W), each at least 1")
     if not _is_count(plan.schedule.dense_steps):
         raise PlanError(f"dense_steps is {plan.schedule.dense_steps!r}; it must be a whole number, 0 or more")
+    if not _is_count(plan.schedule.dense_every):
+        raise PlanError(f"dense_every is {plan.schedule.dense_every!r}; it must be a whole number, 0 or more")
     if not _is_number(plan.schedule.dense_above) or not 0 <= plan.schedule.dense_above <= 1:
         raise PlanError(f"dense_above is {plan.schedule.dense_above!r}; it must be a number from 0 to 1")
     for figures in (plan.predicted, plan.measured):
         if not isinstance(figures, dict) or not all(_is_number(value) for value in figures.values()):
             raise PlanError(f"predicted and measured must be objects of numbers; one is {figures!r}")
+
+
+def _check_hoist(plan: Plan) -> None:
+    """Raises PlanError for an order that is none, or patterns that work on tokens as they lie."""
+    from pointillist.accel.blocks import BLOCK_ORDERS
+
+    if plan.hoist not in BLOCK_ORDERS:
+        raise PlanError(f"hoist is {plan.hoist!r:.200}; allowed are {', '.join(BLOCK_ORDERS)}, or nothing")
+    for name in sorted({rule.pattern for row in plan.table for rule in row}):
+        if pattern_class(name).IN_SEQUENCE:
+            raise PlanError(f"the pattern {name} finishes tokens as they lie in the sequence; hoist must be empty")
+
+
+def _check_options(pattern: str, options: Any) -> None:
+    """Raises PlanError unless the pattern has these options and allows their values."""
+    is_table = isinstance(options, tuple) and all(isinstance(each, tuple) and len(each) == 2 for each in options)
+    if not is_table or not all(isinstance(name, str) for name, _ in options):
+        raise PlanError(f"options are {options!r:.200}; they must be pairs of a name and a value")
+    for name, value in options:
+        if not isinstance(value, str) and not isinstance(value, bool) and not _is_number(value):
+            raise PlanError(f"the option {name} is {value!r:.200}; it must be a number, text, true or false")
+    try:
+        pattern_class(pattern).check_values(dict(options))
+    except (TypeError, ValueError) as error:
+        raise PlanError(str(error)) from error
 
 
 def _only_fields(cls: type, values: Any, what: str) -> dict[str, Any]:

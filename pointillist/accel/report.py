@@ -10,7 +10,7 @@ from pointillist.accel.tiles import Grid
 from pointillist.accel.timing import Moment, seconds_between
 
 
-class Call(NamedTuple):
+class AttentionCall(NamedTuple):
     """One attention call. Moments and the density stay on their device until a report is asked for."""
 
     site: str
@@ -26,10 +26,11 @@ class Call(NamedTuple):
 class Record:
     """Facts of one generation."""
 
-    calls: list[Call] = field(default_factory=list)
+    calls: list[AttentionCall] = field(default_factory=list)
     first_call: Moment | None = None
     last_step: Moment | None = None
-    fallbacks: Counter[str] = field(default_factory=Counter)
+    notes: Counter[str] = field(default_factory=Counter)
+    """Fallbacks by their reasons, and whatever else a user should know."""
     grid: Grid | None = None
     backend: tuple[str, str] | None = None
     """Name and reason, once a sparse call has run."""
@@ -111,7 +112,7 @@ def make_report(record: Record, plan: str, plan_source: str, dense_backend: tupl
         attention_seconds=sum(seconds_between(call.start, call.end) for call in record.calls),
         denoise_seconds=denoise,
         tokens=record.grid[0] * record.grid[1] * record.grid[2] if record.grid else 0,
-        fallbacks=[f"{reason} ({count} calls)" for reason, count in record.fallbacks.items()],
+        fallbacks=[f"{reason} ({count} calls)" for reason, count in record.notes.items()],
     )
 
 

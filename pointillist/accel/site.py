@@ -2,18 +2,24 @@
 
 import math
 import threading
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
 from pointillist.accel.bridge import SiteHandler
-from pointillist.accel.layouts import layout_of
-from pointillist.accel.patterns import PATTERNS, Pattern
-from pointillist.accel.plan import Plan
-from pointillist.accel.report import Call, Record
+from pointillist.accel.layouts import Group, Laid, lay_out, pattern_for, select, sub_call
+from pointillist.accel.patterns.pattern import Call, Pattern, Selection
+from pointillist.accel.plan import Plan, Rule
+from pointillist.accel.report import AttentionCall, Record
 from pointillist.accel.run_state import RunState
-from pointillist.accel.tiles import Grid, tile_count, tiling_of, whole_video
+from pointillist.accel.tails import attend, remember_kept_mass, remember_loss
+from pointillist.accel.tiles import Grid, whole_video
 from pointillist.accel.timing import now
-from pointillist.kernels import BREAK_EVEN, attention_with_pooled_tail, block_sparse_attention, choose_backend
+from pointillist.kernels import BREAK_EVEN, choose_backend
+
+Observer = Callable[[str, str, int | None, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
+"""Told of every attention call: site, branch, step, and q, k, v, out [B, S, H, D]."""
 
 
 class Runtime:
@@ -23,8 +29,11 @@ class Runtime:
         self.plan = plan
         self.state = RunState()
         self.record = Record()
+        self.observer: Observer | None = None
         self._wish = backend
         self._backends: dict[torch.device, tuple[str, str]] = {}
+        self._memories: dict[tuple[str, str], tuple[Any, dict[Any, Any]]] = {}
+        self._expert = ""
 
     def backend(self, device: torch.device) -> tuple[str, str]:
         """What computes sparse calls on `device`, and why."""
@@ -32,80 +41,179 @@ class Runtime:
             self._backends[device] = choose_backend(device, self._wish)
         return self._backends[device]
 
+    def memory(self, place: str, shapes: Any) -> dict[Any, Any]:
+        """What patterns remember at a place (a site, or a transformer) in this branch of this generation.
+
+        Another expert, other shapes, and a new generation start empty; outside of a generation nothing is kept.
+        """
+        if self.state.step is None:
+            return {}
+        if self.state.expert != self._expert:
+            self.forget()
+            self._expert = self.state.expert
+        key = (place, self.state.branch)
+        known, memory = self._memories.get(key, (None, {}))
+        if known != shapes:
+            memory = {}
+        self._memories[key] = (shapes, memory)
+        return memory
+
+    def forget(self) -> None:
+        """Nothing of this generation is needed any more."""
+        self._memories.clear()
+
 
 class Site:
-    """One self-attention: a layer of a transformer. No state of its own outlives a call."""
+    """One self-attention: a layer of a transformer. What outlives a call lies in the runtime's memory."""
 
-    def __init__(self, name: str, layer: int, dense: SiteHandler, runtime: Runtime) -> None:
+    def __init__(
+        self,
+        name: str,
+        layer: int,
+        dense: SiteHandler,
+        runtime: Runtime,
+        weights: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
         self.name = name
+        self.hidden_states: torch.Tensor | None = None
+        """What went into the attention module in the running call, for patterns that ask for it."""
         self._layer = layer
         self._dense = dense
         self._runtime = runtime
+        self._weights = {} if weights is None else weights
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> torch.Tensor:
         """Attention of q, k, v [B, S, H, D] as the plan says; also [B, S, H, D]."""
-        state, record = self._runtime.state, self._runtime.record
+        state, record, plan = self._runtime.state, self._runtime.record, self._runtime.plan
         if state.thread != threading.get_ident():
             raise RuntimeError(
                 f"{self.name} was reached outside of its transformer's forward call, or accelerated "
                 "pipelines run in two threads at once; run one at a time in a process"
             )
-        start = now(q.device)
-        patterns = self._patterns(q.shape[1], q.device)
-        if patterns is None:
-            out, density = self._dense(q, k, v, scale), None
+        start, density = now(q.device), None
+        kind = "dense" if plan is None else plan.schedule.kind(state.step, state.sigmas)
+        groups = self._groups(q.shape[1], q.device, kind) if plan is not None else None
+        if plan is None or groups is None:
+            out = self._dense(q, k, v, scale)
+        elif kind == "dense":
+            out = self._dense(q, k, v, scale)
+            if _before_sparse(plan, state):
+                self._learn(plan, groups, self._call(plan, q, k, v, scale), out.transpose(1, 2))
         else:
-            out, density = self._sparse(q, k, v, scale, patterns)
-        record.calls.append(Call(self.name, state.branch, state.step, density, start, now(q.device)))
+            out, density = self._sparse(plan, groups, self._call(plan, q, k, v, scale))
+        record.calls.append(AttentionCall(self.name, state.branch, state.step, density, start, now(q.device)))
+        if self._runtime.observer is not None:
+            self._runtime.observer(self.name, state.branch, state.step, q, k, v, out)
         return out
 
-    def _patterns(self, tokens: int, device: torch.device) -> tuple[Pattern, ...] | None:
-        """The heads' patterns for this call, one for all or one for each; None if all of it is dense."""
-        plan, state = self._runtime.plan, self._runtime.state
-        grid = state.grid
-        assert grid is not None, "a site runs inside a transformer call"
-        if plan is None or plan.schedule.kind(state.step, state.sigmas) == "dense":
-            return None
-        if tokens != math.prod(grid):
-            return self._fall_back(f"{tokens} tokens are not the grid {_text(grid)}")
-        if tokens < plan.min_tokens:
-            return self._fall_back(f"{tokens} tokens are fewer than {plan.min_tokens}, where sparse starts to pay")
+    def _groups(self, tokens: int, device: torch.device, kind: str) -> tuple[Group, ...] | None:
+        """The patterns of this site's heads; None if all of it is dense."""
+        plan, grid = self._runtime.plan, self._runtime.state.grid
+        assert plan is not None and grid is not None, "a site runs inside a transformer call"
         rules = plan.rules(self._layer)
-        segments = whole_video(grid)
-        patterns = tuple(PATTERNS[rule.pattern].at_density(rule.density, grid, segments, plan.block) for rule in rules)
-        tiles = tile_count(grid, plan.block)
-        if all(pattern.keep == tiles for pattern in patterns):
+        density = sum(rule.density for rule in rules) / len(rules)
+        reason = ""
+        if tokens != math.prod(grid):
+            reason = f"{tokens} tokens are not the grid {_text(grid)}"
+        elif tokens < plan.min_tokens:
+            reason = f"{tokens} tokens are fewer than {plan.min_tokens}, where sparse starts to pay"
+        elif all(rule.density == 1 and rule.pattern != "skip" for rule in rules):
             return None
-        density = sum(pattern.keep for pattern in patterns) / len(patterns) / tiles
-        if plan.break_even and density > BREAK_EVEN[self._runtime.backend(device)[0], plan.tail == "pooled"]:
-            return self._fall_back(f"density {density:.2f} is so high that sparse attention would not be faster")
-        return patterns
-
-    def _fall_back(self, reason: str) -> tuple[Pattern, ...] | None:
-        self._runtime.record.fallbacks[f"dense: {reason}"] += 1
+        elif plan.break_even and density > BREAK_EVEN[self._runtime.backend(device)[0], plan.tail != "none"]:
+            reason = f"density {density:.2f} is so high that sparse attention would not be faster"
+        if not reason:
+            return _groups_of(rules, grid, plan.block)
+        if kind != "dense":
+            self._runtime.record.notes[f"dense: {reason}"] += 1
         return None
 
-    def _sparse(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        scale: float | None,
-        patterns: tuple[Pattern, ...],
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _call(self, plan: Plan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> Call:
+        """What patterns see of this call; q, k, v are [B, S, H, D]."""
+        state, record = self._runtime.state, self._runtime.record
+        assert state.grid is not None
+        record.backend = self._runtime.backend(q.device)
+        return Call(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            scale=q.shape[-1] ** -0.5 if scale is None else scale,
+            grid=state.grid,
+            segments=whole_video(state.grid),
+            block=plan.block,
+            hoist=plan.hoist,
+            layer=self._layer,
+            step=state.step or 0,
+            steps=max(1, len(state.sigmas)),
+            memory=self._runtime.memory(self.name, (state.grid, q.shape, q.device)),
+            weights=self._weights,
+            hidden_states=self.hidden_states,
+            backend=record.backend[0],
+            notes=record.notes,
+        )
+
+    def _sparse(self, plan: Plan, groups: tuple[Group, ...], call: Call) -> tuple[torch.Tensor, torch.Tensor]:
         """The output [B, S, H, D] and the density, 0-d."""
-        plan, grid = self._runtime.plan, self._runtime.state.grid
-        assert plan is not None
-        assert grid is not None
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
-        tiling = tiling_of(grid, whole_video(grid), plan.block, q.device)
-        layout, density = layout_of(patterns, q, k, tiling, scale, plan.dense_first_frame)
-        attend = attention_with_pooled_tail if plan.tail == "pooled" else block_sparse_attention
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        self._runtime.record.backend = self._runtime.backend(q.device)
-        out = attend(q, k, v, layout, scale=scale, backend=self._runtime.record.backend[0])
-        assert isinstance(out, torch.Tensor)  # and not with its lse, which was not asked for
-        return out.transpose(1, 2), density
+        laid = self._lay_out(plan, groups, call)
+        out = attend(call, laid, plan.tail, call.memory, plan.quantized)
+        for group in groups:
+            if type(group.pattern).finish is not Pattern.finish:
+                heads = slice(None) if group.heads is None else list(group.heads)
+                out[:, heads] = group.pattern.finish(sub_call(group, call), out[:, heads])
+        return out.transpose(1, 2), laid.density
+
+    def _learn(self, plan: Plan, groups: tuple[Group, ...], call: Call, out: torch.Tensor) -> None:
+        """Patterns and the tail look at the last dense step, whose output is `out` [B, H, S, D]."""
+        for group in groups:
+            if type(group.pattern).prepare is not Pattern.prepare:
+                group.pattern.prepare(sub_call(group, call), group.of(out))
+        if plan.tail == "rescaled" or plan.residual:
+            laid = self._lay_out(plan, groups, call)
+            if plan.tail == "rescaled":
+                remember_kept_mass(call, laid, out, call.memory)
+            if plan.residual:
+                remember_loss(call, laid, out, plan.tail, call.memory, plan.quantized)
+
+    def _lay_out(self, plan: Plan, groups: tuple[Group, ...], call: Call) -> Laid:
+        parts = [(group, self._selection(plan, group, call)) for group in groups]
+        return lay_out(parts, call, plan.dense_first_frame)
+
+    def _selection(self, plan: Plan, group: Group, call: Call) -> Selection:
+        """The group's own choice in this call, or an earlier one where the plan says so."""
+        finishes = type(group.pattern).finish is not Pattern.finish  # and wants to know its own choice
+        if group.pattern.STATIC or finishes or plan.reuse_layers == plan.reuse_steps == 1:
+            return select(group.pattern.at_step(call.step), sub_call(group, call))
+        state = self._runtime.state
+        shapes = (call.grid, call.q.shape, call.device)
+        of_layers = self._runtime.memory(state.expert, shapes)
+        for memory, fresh in (
+            (call.memory, lambda made: call.step - made < plan.reuse_steps),
+            (of_layers, lambda made: made == call.step and call.layer % plan.reuse_layers != 0),
+        ):
+            made, selection = memory.get(("selection", group), (None, None))
+            if made is not None and fresh(made):
+                break
+        else:
+            made, selection = call.step, select(group.pattern.at_step(call.step), sub_call(group, call))
+            of_layers["selection", group] = (made, selection)
+        call.memory["selection", group] = (made, selection)
+        return selection
+
+
+def _groups_of(rules: tuple[Rule, ...], grid: Grid, block: int) -> tuple[Group, ...]:
+    """Heads with equal rules together, in the order of their first heads."""
+    segments = whole_video(grid)
+    heads: dict[Pattern, list[int]] = {}
+    for head, rule in enumerate(rules):
+        pattern = pattern_for(rule.pattern, rule.density, rule.options, grid, segments, block)
+        heads.setdefault(pattern, []).append(head)
+    return tuple(Group(pattern, None if len(heads) == 1 else tuple(mine)) for pattern, mine in heads.items())
+
+
+def _before_sparse(plan: Plan, state: RunState) -> bool:
+    """Whether the running step is the last dense one before sparse ones."""
+    if state.step is None or state.step + 1 >= len(state.sigmas):
+        return False
+    return plan.schedule.kind(state.step + 1, state.sigmas) == "sparse"
 
 
 def _text(grid: Grid) -> str:

@@ -17,41 +17,15 @@ Grid = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of tokens of one kind: `video` (in the order of the grid), `text` or `condition`."""
+    """A run of tokens of one kind: `video` (one run, in the order of the grid), `text`, `condition` or `pad`."""
 
     kind: str
     start: int
     length: int
 
-
-@dataclass(frozen=True, eq=False)
-class Tiling:
-    """The blocks of a sequence of S tokens: video tiles, then those of other segments, which are exact."""
-
-    order: torch.Tensor
-    """int64 [S]: the token at each place."""
-    bounds: torch.Tensor
-    """int32 [n+1]: block i covers places bounds[i] to bounds[i+1]."""
-    block_of_token: torch.Tensor
-    """int64 [S]: the block that holds each token."""
-    sizes: torch.Tensor
-    """float32 [n]: tokens in each block."""
-    centres: torch.Tensor
-    """float32 [tiles, 3]: the middle of each video tile in the grid, (t, h, w) in tokens."""
-    tiles: int
-    """The first `tiles` blocks are video; every pair with one of the others is always kept."""
-    first_frame_tiles: int
-    """So many first tiles are the first latent frame of a video; 0 for a single image."""
-    largest: int
-    """Tokens in the largest block."""
-
     @property
-    def blocks(self) -> int:
-        return self.bounds.numel() - 1
-
-    @property
-    def tokens(self) -> int:
-        return self.order.numel()
+    def stop(self) -> int:
+        return self.start + self.length
 
 
 def whole_video(grid: Grid) -> tuple[Segment, ...]:
@@ -62,42 +36,33 @@ def whole_video(grid: Grid) -> tuple[Segment, ...]:
 @lru_cache(maxsize=64)
 def tile_count(grid: Grid, block: int) -> int:
     """How many tiles of at most `block` tokens the video is cut into."""
-    return sum(_parts(frames * grid[1] * grid[2], block) for frames in _spans(grid))
+    return sum(_parts((stop - start) * grid[1] * grid[2], block) for start, stop in _spans(grid))
+
+
+@lru_cache(maxsize=64)
+def tiles_of(grid: Grid, block: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """The tiles of the video in one run of places.
+
+    Returns:
+        int64 [T·H·W], the token at each place; int32 [tiles+1], where each tile begins; and how many first tiles are
+        the first latent frame, 0 for a single image. A pure function of its arguments; callers share the result.
+    """
+    parts = [_halve_span(grid, span, block) for span in _spans(grid)]
+    order, bounds = _joined([tile for part in parts for tile in part])
+    return order, bounds, len(parts[0]) if len(parts) > 1 else 0
 
 
 @lru_cache(maxsize=16)
-def tiling_of(grid: Grid, segments: tuple[Segment, ...], block: int, device: torch.device) -> Tiling:
-    """The tiling of a sequence on `device`; a pure function of its arguments, so all callers share it."""
-    tile_of_video, centres = _video_tiles(grid, block)
-    tiles = centres.shape[0]
-    block_of_token = torch.empty(sum(segment.length for segment in segments), dtype=torch.int64)
-    blocks = tiles
-    for segment in segments:
-        tokens = slice(segment.start, segment.start + segment.length)
-        if segment.kind == "video":
-            block_of_token[tokens] = tile_of_video
-        else:
-            block_of_token[tokens] = blocks + torch.arange(segment.length) // block
-            blocks += -(-segment.length // block)
-    sizes = torch.bincount(block_of_token, minlength=blocks)
-    bounds = torch.zeros(blocks + 1, dtype=torch.int32)
-    bounds[1:] = sizes.cumsum(0)
-    return Tiling(
-        order=torch.argsort(block_of_token, stable=True).to(device),
-        bounds=bounds.to(device),
-        block_of_token=block_of_token.to(device),
-        sizes=sizes.float().to(device),
-        centres=centres.to(device),
-        tiles=tiles,
-        first_frame_tiles=int((centres[:, 0] == 0).sum()) if grid[0] > 1 else 0,
-        largest=int(sizes.max()),
-    )
+def frame_tiles_of(grid: Grid, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Like `tiles_of`, with tiles that lie within one frame; all frames are cut alike."""
+    tiles = [tile for frame in range(grid[0]) for tile in _halve_span(grid, (frame, frame + 1), block)]
+    return _joined(tiles)
 
 
-def _spans(grid: Grid) -> tuple[int, ...]:
-    """Frames of the parts that share no tile. The first latent frame is one: causal VAEs encode it by itself, and
-    its statistics differ from those of the frames after it, each of which holds several frames of video."""
-    return (1, grid[0] - 1) if grid[0] > 1 else (1,)
+def _spans(grid: Grid) -> tuple[tuple[int, int], ...]:
+    """The parts (first frame, behind the last) that share no tile. The first latent frame is one: causal VAEs encode it
+    by itself, and its statistics differ from those of the frames after it, each of which holds several of video."""
+    return ((0, 1), (1, grid[0])) if grid[0] > 1 else ((0, 1),)
 
 
 def _parts(tokens: int, block: int) -> int:
@@ -106,18 +71,18 @@ def _parts(tokens: int, block: int) -> int:
     return next((n for n in range(least, least + least // 8 + 1) if tokens % n == 0), least)
 
 
-def _video_tiles(grid: Grid, block: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tile of every token of the grid, int64 [T·H·W], and every tile's centre, float32 [tiles, 3]."""
+def _halve_span(grid: Grid, frames: tuple[int, int], block: int) -> list[torch.Tensor]:
+    """The tokens of every tile of some frames."""
+    per_frame = grid[1] * grid[2]
+    tokens = torch.arange(frames[0] * per_frame, frames[1] * per_frame)
     places = torch.cartesian_prod(*(torch.arange(length) for length in grid)).view(-1, 3)
-    tiles, start = [], 0
-    for frames in _spans(grid):
-        tokens = torch.arange(start, start + frames * grid[1] * grid[2])
-        tiles += _halve(tokens, places, _parts(len(tokens), block))
-        start += len(tokens)
-    tile_of_token = torch.empty(start, dtype=torch.int64)
-    for tile, tokens in enumerate(tiles):
-        tile_of_token[tokens] = tile
-    return tile_of_token, torch.stack([places[tokens].float().mean(0) for tokens in tiles])
+    return _halve(tokens, places, _parts(len(tokens), block))
+
+
+def _joined(tiles: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tiles as one order and its bounds. Within a tile, tokens keep their own order."""
+    sizes = torch.tensor([0, *(len(tile) for tile in tiles)])
+    return torch.cat([tile.sort().values for tile in tiles]), sizes.cumsum(0).int()
 
 
 def _halve(tokens: torch.Tensor, places: torch.Tensor, parts: int) -> list[torch.Tensor]:
@@ -132,12 +97,3 @@ def _halve(tokens: torch.Tensor, places: torch.Tensor, parts: int) -> list[torch
     tokens = tokens[rank.argsort()]
     cut = len(tokens) * (parts // 2) // parts
     return _halve(tokens[:cut], places, parts // 2) + _halve(tokens[cut:], places, parts - parts // 2)
-
-
-def block_means(x: torch.Tensor, tiling: Tiling) -> torch.Tensor:
-    """Means of the tokens of every block: [B, S, H, D] → [B, H, n, D], in float32 or wider."""
-    batch, _, heads, head_dim = x.shape
-    wide = torch.promote_types(x.dtype, torch.float32)
-    sums = torch.zeros(batch, tiling.blocks, heads * head_dim, dtype=wide, device=x.device)
-    sums.index_add_(1, tiling.block_of_token, x.flatten(2).to(wide))
-    return (sums / tiling.sizes[:, None]).view(batch, tiling.blocks, heads, head_dim).transpose(1, 2)

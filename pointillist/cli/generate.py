@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from pointillist.accel.patterns import PATTERNS
 from pointillist.cli.progress import show_progress
 from pointillist.pipelines.embedded.vocabulary import KNOWN_WORDS, unknown_words
 from pointillist.pipelines.generate import GenerateRequest, GenerateResult, generate
@@ -33,11 +34,16 @@ def command(
     fps: Annotated[int, typer.Option(help="Frames per second of the file.")] = 16,
     speed: Annotated[str | None, typer.Option(help="exact, quality, balanced (default) or fast.")] = None,
     plan: Annotated[str | None, typer.Option(help="auto, none or a plan file.")] = None,
-    pattern: Annotated[str | None, typer.Option(help="One pattern everywhere: dense, window or pooled.")] = None,
+    pattern: Annotated[str | None, typer.Option(help=f"One pattern everywhere: {', '.join(PATTERNS)}.")] = None,
     density: Annotated[
         float | None, typer.Option(help="With --pattern: kept share of the pairs, above 0 to 1.")
     ] = None,
-    tail: Annotated[str, typer.Option(help="With --pattern: none, pooled or default.")] = "default",
+    option: Annotated[
+        list[str] | None, typer.Option(help="With --pattern: an option of it, like order=gilbert. May be repeated.")
+    ] = None,
+    tail: Annotated[
+        str, typer.Option(help="With --pattern: none, pooled, rectified, rescaled or default.")
+    ] = "default",
     dense: Annotated[
         str, typer.Option(help="Attention of dense calls: auto, fastest, native, flash, xformers …")
     ] = "auto",
@@ -56,8 +62,8 @@ def command(
     request = GenerateRequest(
         prompt=prompt, output=output, model=model, negative_prompt=negative_prompt, steps=steps, seed=seed,
         width=width, height=height, frames=frames, guidance=guidance, shift=shift, fps=fps, speed=speed, plan=plan,
-        pattern=pattern, density=density, tail=tail, dense=dense, compare=compare, device=device, dtype=dtype,
-        download=download,
+        pattern=pattern, density=density, options=tuple(option or ()), tail=tail, dense=dense, compare=compare,
+        device=device, dtype=dtype, download=download,
     )  # fmt: skip
     _quieten()
     _hint_at_words(request)

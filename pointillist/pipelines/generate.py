@@ -10,7 +10,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pointillist.accel.plan import Plan, PlanError
+from pointillist.accel.patterns import pattern_class
+from pointillist.accel.plan import Plan, PlanError, Rule
 from pointillist.accel.schedule import Schedule
 from pointillist.pipelines.video import Clip, check_format, check_output, write_clips
 
@@ -19,7 +20,7 @@ SPEED_DENSITIES = {"quality": 0.35, "fast": 0.1}
 """Density at the speeds other than exact (dense) and balanced (the plan's own)."""
 DENSE_SHARE = 0.15
 """Of the steps that stay dense with `--pattern`."""
-ASKED = ("shift", "device", "dtype", "speed", "plan", "pattern", "density", "tail", "dense")
+ASKED = ("shift", "device", "dtype", "speed", "plan", "pattern", "density", "options", "tail", "dense")
 """What a file says of its request beside the facts; null is the default."""
 
 
@@ -47,6 +48,8 @@ class GenerateRequest:
     plan: str | None = None
     pattern: str | None = None
     density: float | None = None
+    options: tuple[str, ...] = ()
+    """Of the pattern, like `order=gilbert`."""
     tail: str = "default"
     dense: str = "auto"
     compare: bool = False
@@ -74,8 +77,10 @@ class GenerateRequest:
             )
         if self.plan is not None and self.pattern is not None:
             raise ValueError("--plan and --pattern exclude each other; give one of them")
-        if self.pattern is None and (self.density is not None or self.tail != "default"):
-            raise ValueError("--density and --tail describe a --pattern; give one, e.g. --pattern pooled --density 0.2")
+        if self.pattern is None and (self.density is not None or self.options or self.tail != "default"):
+            raise ValueError(
+                "--density, --option and --tail describe a --pattern; give one, e.g. --pattern pooled --density 0.2"
+            )
         if self.pattern is not None:
             try:
                 self.uniform_plan(steps=1)
@@ -88,7 +93,14 @@ class GenerateRequest:
         """The plan that `pattern`, `density` and `tail` describe, for so many steps."""
         assert self.pattern is not None
         density = 0.25 if self.density is None else self.density
-        return Plan.uniform(self.pattern, density, tail=self.tail, dense_steps=math.ceil(DENSE_SHARE * steps))
+        Rule(self.pattern, density)
+        return Plan.uniform(
+            self.pattern,
+            density,
+            tail=self.tail,
+            dense_steps=math.ceil(DENSE_SHARE * steps),
+            **pattern_class(self.pattern).options_from(self.options),
+        )
 
     @property
     def files(self) -> dict[str, Path]:
@@ -143,7 +155,7 @@ def generate(request: GenerateRequest, progress: Progress = lambda event: None) 
     facts = _rounded(facts)
     clips = {request.output: Clip(fast.frames, facts)}
     if dense is not None:
-        plain = replace(request, plan="none", pattern=None, speed=None, density=None, tail="default")
+        plain = replace(request, plan="none", pattern=None, speed=None, density=None, options=(), tail="default")
         apart = describe(replace(plain, output=request.files["dense"]), call, seed, dense, None)
         clips[request.files["dense"]] = Clip(dense.frames, _rounded(apart))
         clips[request.files["compare"]] = Clip(_side_by_side(dense.frames, fast.frames), facts)

@@ -11,7 +11,7 @@ from diffusers import FirstBlockCacheConfig, FlowMatchEulerDiscreteScheduler
 from conftest import make_pipe, make_transformer
 from pointillist import AccelerateError, Plan, PlanError, accelerate
 from pointillist.accel.run_state import RunState
-from pointillist.accel.tiles import tiling_of, whole_video
+from pointillist.accel.tiles import frame_tiles_of
 from pointillist.kernels import pool_blocks
 
 
@@ -48,18 +48,18 @@ def masked_attention_processor(block: int, density: float):
             original = torch.nn.functional.scaled_dot_product_attention
 
             def sdpa(query, key, value, **kwargs):
-                tiles = tiling_of(self.grid, whole_video(self.grid), block, torch.device("cpu"))
-                order, inverse = tiles.order, tiles.order.argsort()
-                mean_q, _ = pool_blocks(query[:, :, order], tiles.bounds)
-                mean_k, _ = pool_blocks(key[:, :, order], tiles.bounds)
+                order, bounds = frame_tiles_of(self.grid, block)
+                tiles, inverse = len(bounds) - 1, order.argsort()
+                mean_q, _ = pool_blocks(query[:, :, order], bounds)
+                mean_k, _ = pool_blocks(key[:, :, order], bounds)
                 scores = mean_q @ mean_k.transpose(-1, -2) * query.shape[-1] ** -0.5
-                keep = max(1, round(density * tiles.tiles))
+                keep = max(1, round(density * tiles))
                 kept = torch.zeros_like(scores, dtype=torch.bool)
                 for b, h, i in torch.cartesian_prod(*(torch.arange(n) for n in scores.shape[:3])).tolist():
                     row = scores[b, h, i].clone()
                     row[i] = torch.inf
                     kept[b, h, i, row.argsort(descending=True)[:keep]] = True
-                of_token = torch.repeat_interleave(torch.arange(tiles.tiles), tiles.bounds.diff().long())[inverse]
+                of_token = torch.repeat_interleave(torch.arange(tiles), bounds.diff().long())[inverse]
                 return original(query, key, value, attn_mask=kept[:, :, of_token][:, :, :, of_token])
 
             torch.nn.functional.scaled_dot_product_attention = sdpa
@@ -76,7 +76,7 @@ def masked_attention_processor(block: int, density: float):
 def test_sparse_output_equals_a_masked_reference(pipe, run, batch, guidance):
     with accelerate(pipe, Plan.uniform("pooled", 0.4, tail="none", block=16)) as handle:
         sparse = run(pipe, size=128, batch=batch, guidance=guidance)
-        assert handle.report().density == pytest.approx(5 / 12)  # 4 tiles of the first frame and 8 of the others
+        assert handle.report().density == pytest.approx(5 / 12)  # 4 tiles in each of 3 frames
     for block in pipe.transformer.blocks:
         block.attn1.set_processor(masked_attention_processor(16, 0.4))
         block.attn1.processor.grid = (3, 8, 8)

@@ -12,12 +12,15 @@ from pointillist.accel import plans
 from pointillist.accel.choose_plan import shipped_plans
 from pointillist.accel.models import wan
 from pointillist.accel.patterns import PATTERNS
-from pointillist.accel.plan import PATTERN_NAMES, Rule
+from pointillist.accel.plan import Rule
 from pointillist.accel.schedule import Schedule
 
 PLAN = Plan(
     name="mine",
-    table=((Rule("pooled", 0.2), Rule("window", 0.3)), (Rule("dense", 1.0), Rule("dense", 1.0))),
+    table=(
+        (Rule("pooled", 0.2, (("order", "gilbert"), ("rule", "mass"))), Rule("window", 0.3)),
+        (Rule("dense", 1.0), Rule("dense", 1.0)),
+    ),
     tail="pooled",
     schedule=Schedule(dense_steps=1, dense_above=0.9),
     block=64,
@@ -45,12 +48,20 @@ def test_round_trip(tmp_path):
         ({"measured": {"psnr": 10**400}}, "numbers"),
         ({"table": []}, "rows"),
         ({"table": 3}, "wrong kind"),
-        ({"tail": "rescaled"}, "not built yet"),
+        ({"tail": "long"}, "tail 'long' is unknown; allowed are none, pooled"),
+        ({"quantized": "int3"}, "quantized"),
+        ({"reuse_layers": 0}, "reuse_layers"),
+        ({"table": [[{"pattern": "pooled", "density": 0.5, "options": {"colour": 1}}]]}, "no option 'colour'"),
+        ({"table": [[{"pattern": "pooled", "density": 0.5, "options": {"order": 7}}]]}, "must be like 'frames'"),
+        ({"table": [[{"pattern": "pooled", "density": 0.5, "options": {"order": "up"}}]]}, "allowed are tiles"),
+        ({"table": [[{"pattern": "pooled", "density": 0.5, "options": {"order": ["tiles"]}}]]}, "must be a number"),
+        ({"table": [[{"pattern": "pooled", "density": 0.5, "options": [1]}]]}, "must be an object"),
         ({"schema": 99}, "schema is not 1"),
         ({"block": 0}, "block"),
         ({"dense_first_frame": 1}, "dense_first_frame"),
         ({"grid": [1, 2]}, "grid"),
         ({"schedule": {"dense_steps": -1}}, "dense_steps"),
+        ({"schedule": {"dense_every": 1.5}}, "dense_every"),
         ({"measured": {"psnr": "high"}}, "numbers"),
         ({"extra": 1}, "no other keys"),
     ],
@@ -85,8 +96,17 @@ def test_the_embedded_models_plan_is_shipped_for_its_architecture():
         assert Plan.load(path) in shipped_plans()
 
 
-def test_plans_know_every_pattern():
-    assert set(PATTERN_NAMES) == set(PATTERNS)
+@pytest.mark.parametrize("name", PATTERNS)
+def test_a_uniform_plan_of_every_pattern_is_valid(name):
+    plan = Plan.uniform(name, 0.3)
+    assert Plan.from_json(plan.to_json()) == plan
+    assert plan.tail in ("none", "pooled")
+
+
+def test_dense_steps_come_back_every_so_often():
+    sigmas = tuple(1 - i / 10 for i in range(10))
+    kinds = [Schedule(dense_steps=2, dense_every=3).kind(i, sigmas)[0] for i in range(10)]
+    assert "".join(kinds) == "ddssdssdss"
 
 
 def test_schedule_carries_over_to_any_step_count():

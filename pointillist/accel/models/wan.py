@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -50,6 +51,43 @@ def grid(transformer: Any, hidden_states: torch.Tensor) -> Grid:
     frames, height, width = hidden_states.shape[2:]
     patch_t, patch_h, patch_w = transformer.config.patch_size
     return frames // patch_t, height // patch_h, width // patch_w
+
+
+def hoist(transformer: Any, order: Callable[[], tuple[torch.Tensor, torch.Tensor]]) -> Callable[[], None]:
+    """Let the video's tokens run through all layers in another order. Returns the undo.
+
+    Hidden states, rotary embeddings and embeddings of a timestep per token are put into the order before the first
+    layer; hidden states come back after the last (Jenga). So a static order costs nothing in the layers.
+
+    Args:
+        order: gives, on the running call's device, int64 [S] the token at each place, and the place of each token.
+    """
+
+    def embedded(module: torch.nn.Module, args: tuple[Any, ...], patches: torch.Tensor) -> torch.Tensor:
+        return patches.flatten(2).index_select(2, order()[0]).view(patches.shape)
+
+    def rotary(module: torch.nn.Module, args: tuple[Any, ...], tables: Any) -> Any:
+        return tuple(table.index_select(1, order()[0].to(table.device)) for table in tables)
+
+    def conditioned(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        per_token = output[1].ndim == 3
+        return (output[0], output[1].index_select(1, order()[0]), *output[2:]) if per_token else output
+
+    def back(module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (args[0].index_select(1, order()[1]), *args[1:])
+
+    hooks = [
+        transformer.patch_embedding.register_forward_hook(embedded),
+        transformer.rope.register_forward_hook(rotary),
+        transformer.condition_embedder.register_forward_hook(conditioned),
+        transformer.norm_out.register_forward_pre_hook(back),
+    ]
+
+    def undo() -> None:
+        for hook in hooks:
+            hook.remove()
+
+    return undo
 
 
 def fingerprint(transformer: Any) -> str:

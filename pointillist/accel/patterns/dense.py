@@ -1,26 +1,22 @@
-"""`dense`: every query tile sees every key tile."""
+"""`dense`: every query sees every key."""
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
-from pointillist.accel.tiles import Grid, Segment, Tiling, tile_count
+from pointillist.accel.blocks import blocks_in
+from pointillist.accel.patterns.pattern import Call, Pattern, Selection
 
 
 @dataclass(frozen=True)
-class Dense:
-    static: ClassVar[bool] = True
-    keep: int
+class Dense(Pattern):
+    STATIC: ClassVar[bool] = True
+    TAIL: ClassVar[str] = "none"
+    density: float = 1.0
 
-    @classmethod
-    def at_density(cls, density: float, grid: Grid, segments: tuple[Segment, ...] = (), block: int = 128) -> "Dense":
-        """Dense at any wish: a head that must be exact beside sparse ones."""
-        return cls(tile_count(grid, block))
-
-    def scores(self, q: torch.Tensor, k: torch.Tensor, tiling: Tiling, scale: float) -> torch.Tensor:
-        """All equal: [1, 1, tiles, tiles]."""
-        return tiling.centres.new_zeros(1, 1, tiling.tiles, tiling.tiles)
+    def select(self, call: Call) -> Selection:
+        blocks = blocks_in("tiles", call.grid, call.block, call.device)
+        mask = blocks.order.new_ones(1, 1, blocks.count, blocks.count).bool()
+        return Selection(blocks, blocks, mask, mask.numel())
 
 
 if __name__ == "__main__":

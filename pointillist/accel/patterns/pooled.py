@@ -1,37 +1,64 @@
-"""`pooled`: every query tile sees the key tiles with the highest pooled scores.
+"""`pooled`: every query block sees the key blocks with the highest pooled scores.
 
-The score of a tile is that of the mean of its keys, q̄·k̄/√D: the logarithm of the softmax mass for each token that
-it costs (Jenga; Sol-Attn). Ranking by the whole mass, with + ln n, would favour the larger tiles and so keep more
+The score of a block is that of the mean of its keys, q̄·k̄/√D: the logarithm of the softmax mass for each token that
+it costs (Jenga; Sol-Attn). Ranking by the whole mass, with + ln n, would favour the larger blocks and so keep more
 than the density asks for.
+
+Its options make other methods of it: `order="gilbert"` is Jenga, `rule="above"` Sol-Attn's threshold, `rule="head"`
+over frames' patches DraftAttention, `similarity` SpargeAttn's guard for blocks whose mean says little, `sub_block`
+DFSAttn's finer means, `channels` Double Sparsity's cheaper scores.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
-from pointillist.accel.patterns.keep import tiles_kept
-from pointillist.accel.tiles import Grid, Segment, Tiling, block_means
+from pointillist.accel.blocks import BLOCK_ORDERS, Blocks, block_means, blocks_in
+from pointillist.accel.patterns.channels import on_channels
+from pointillist.accel.patterns.choose import RULES, choose, tiles_kept
+from pointillist.accel.patterns.pattern import Call, Pattern, Selection, check_choice, check_range
 
 
 @dataclass(frozen=True)
-class Pooled:
-    static: ClassVar[bool] = False
-    keep: int
-    """Key tiles kept for each query tile, itself included."""
+class Pooled(Pattern):
+    density: float
+    order: str = "frames"
+    """Of the blocks."""
+    rule: str = "row"
+    """How a head's budget is shared among its query blocks: see `choose.py`."""
+    similarity: float = -1.0
+    """Blocks whose tokens' mean cosine similarity is not above it are seen by all and see all (SpargeAttn, stage 1;
+    there −0.1 to 0.6). They come on top of the density. −1 is off."""
+    channels: int = 0
+    """Score on so many channels, those with the largest |q̄|·|k̄| (Double Sparsity); 0 is all."""
 
-    @classmethod
-    def at_density(cls, density: float, grid: Grid, segments: tuple[Segment, ...] = (), block: int = 128) -> "Pooled":
-        """As many tiles of at most `block` tokens as come nearest to `density`."""
-        return cls(tiles_kept(density, grid, block))
+    def __post_init__(self) -> None:
+        check_choice("order", self.order, BLOCK_ORDERS)
+        check_choice("rule", self.rule, RULES)
+        check_range("similarity", self.similarity, -1, 1)
+        check_range("channels", self.channels, 0, 4096)
 
-    def scores(self, q: torch.Tensor, k: torch.Tensor, tiling: Tiling, scale: float) -> torch.Tensor:
-        """Log masses per token [B, H, tiles, tiles] from q, k [B, S, H, D]; a tile ranks itself first."""
-        tiles = tiling.tiles
-        q_means, k_means = (block_means(x, tiling)[:, :, :tiles] for x in (q, k))
-        scores = q_means @ k_means.transpose(-1, -2) * scale
-        scores.diagonal(dim1=-2, dim2=-1).fill_(float("inf"))
-        return scores
+    def select(self, call: Call) -> Selection:
+        blocks = blocks_in(self.order, call.grid, call.block, call.device)
+        mask = choose(self._scores(call, blocks), blocks, blocks, self.density, self.rule)
+        pairs = mask.numel()
+        if self.rule == "row":
+            pairs = pairs // blocks.count * tiles_kept(self.density, blocks.count)
+        if self.similarity > -1:
+            loose_q, loose_k = (self_similarity(x, blocks) <= self.similarity for x in (call.video_q, call.video_k))
+            mask, pairs = mask | loose_q[..., None] | loose_k[..., None, :], mask.numel()
+        return Selection(blocks, blocks, mask, pairs)
+
+    def _scores(self, call: Call, blocks: Blocks) -> torch.Tensor:
+        """Log masses per token [B, H, n, n]."""
+        q, k = on_channels(call, self.channels)
+        return block_means(q, blocks) @ block_means(k, blocks).transpose(-1, -2) * call.scale
+
+
+def self_similarity(x: torch.Tensor, blocks: Blocks) -> torch.Tensor:
+    """Mean cosine similarity of all pairs of tokens of every block [B, H, n]: the squared length of the mean of the
+    tokens' directions."""
+    return block_means(torch.nn.functional.normalize(x.float(), dim=-1), blocks).square().sum(-1)
 
 
 if __name__ == "__main__":

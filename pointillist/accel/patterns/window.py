@@ -1,4 +1,4 @@
-"""`window`: every query tile sees the key tiles nearest to it in the video (STA; GNA).
+"""`window`: every query block sees the key blocks nearest to it in the video (STA; GNA).
 
 Ranking by distance instead of cutting a box gives any density, and at the border of the video the
 neighbourhood moves inwards instead of shrinking.
@@ -9,24 +9,36 @@ from typing import ClassVar
 
 import torch
 
-from pointillist.accel.patterns.keep import tiles_kept
-from pointillist.accel.tiles import Grid, Segment, Tiling
+from pointillist.accel.blocks import BLOCK_ORDERS, Blocks, blocks_in
+from pointillist.accel.orders import places_of
+from pointillist.accel.patterns.choose import choose
+from pointillist.accel.patterns.pattern import Call, Pattern, Selection, check_choice
 
 
 @dataclass(frozen=True)
-class Window:
-    static: ClassVar[bool] = True
-    keep: int
-    """Key tiles kept for each query tile, itself included."""
+class Window(Pattern):
+    STATIC: ClassVar[bool] = True
+    density: float
+    order: str = "tiles"
+    """Of the blocks."""
+    frame_weight: float = 1.0
+    """How many tokens of a frame's plane one step in time is as far as."""
 
-    @classmethod
-    def at_density(cls, density: float, grid: Grid, segments: tuple[Segment, ...] = (), block: int = 128) -> "Window":
-        """The window of tiles of at most `block` tokens whose share of the grid is nearest to `density`."""
-        return cls(tiles_kept(density, grid, block))
+    def __post_init__(self) -> None:
+        check_choice("order", self.order, BLOCK_ORDERS)
 
-    def scores(self, q: torch.Tensor, k: torch.Tensor, tiling: Tiling, scale: float) -> torch.Tensor:
-        """Minus the distance between centres, in tokens: [1, 1, tiles, tiles]."""
-        return -torch.cdist(tiling.centres, tiling.centres)[None, None]
+    def select(self, call: Call) -> Selection:
+        blocks = blocks_in(self.order, call.grid, call.block, call.device)
+        centres = centres_of(blocks, places_of(call.grid).to(call.device).float())
+        centres = centres * centres.new_tensor([self.frame_weight, 1.0, 1.0])
+        mask = choose(-torch.cdist(centres, centres)[None, None], blocks, blocks, self.density)
+        return Selection(blocks, blocks, mask, int(mask.sum()))
+
+
+def centres_of(blocks: Blocks, places: torch.Tensor) -> torch.Tensor:
+    """float32 [n, 3]: the mean place of the tokens of every block."""
+    sums = places.new_zeros(blocks.count, 3).index_add_(0, blocks.block_of_token()[0, 0], places)
+    return sums / blocks.sizes[0, 0, :, None]
 
 
 if __name__ == "__main__":
