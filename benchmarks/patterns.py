@@ -3,7 +3,7 @@
     python benchmarks/patterns.py record     q, k, v of one dense run, once
     python benchmarks/patterns.py sites      relative error, selection share and speed-up, per pattern, density, tail
     python benchmarks/patterns.py clips      PSNR and SSIM of two prompts, then of eight for the best six
-    python benchmarks/patterns.py table      the results as Markdown and a picture
+    python benchmarks/patterns.py table      the results as Markdown
 
 Each command goes on where it stopped: what is in the results is not measured again, and each dense clip is made once
 and kept. Recordings and dense clips go to outputs/patterns/, results to benchmarks/results/patterns_*.json.
@@ -31,7 +31,7 @@ from pointillist.accel.layouts import Group, lay_out, pattern_for, select, sub_c
 from pointillist.accel.patterns import PATTERNS
 from pointillist.accel.patterns.pattern import Call
 from pointillist.accel.plan import Plan
-from pointillist.accel.tails import attend, remember_kept_mass
+from pointillist.accel.tails import attend, remember_kept_mass, remember_loss
 from pointillist.accel.tiles import whole_video
 from pointillist.hardware import detect
 from pointillist.metrics import compare
@@ -41,6 +41,7 @@ RESULTS = Path(__file__).parent / "results"
 KEPT = Path(__file__).parent.parent / "outputs" / "patterns"
 DENSE_STEPS = 3
 """Of 20; the last of them is what calibrating patterns see."""
+STEPS = 20
 RECORDED_STEPS = (DENSE_STEPS - 1, 3, 8, 15)
 DENSITIES = (0.5, 0.3, 0.2, 0.1)
 CLIP_DENSITIES = (0.3, 0.1)
@@ -62,6 +63,10 @@ OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
     "grid": ({"spread": True},),
 }  # fmt: skip
 """Options worth a row of their own, beside each pattern's defaults."""
+OTHER_TAILS = ("rectified", "rescaled", "pooled + residual")
+TAILS_SHOWN = ("random", "window", "pooled", "pyramid", "semantic (routing=error)")
+"""Variants that are measured with every tail."""
+RESIDUAL = " + residual"
 UNMEASURED = ("dense", "skip")
 """Patterns that have no density."""
 
@@ -122,7 +127,20 @@ def recorded() -> Iterator[list[Call]]:
             calls = []
             for step in RECORDED_STEPS:
                 q, k, v = (file.get_tensor(f"{site}/{step}/{name}") for name in "qkv")
-                calls.append(Call(q, k, v, q.shape[-1] ** -0.5, grid, whole_video(grid), BLOCK, layer=layer, step=step))
+                calls.append(
+                    Call(
+                        q,
+                        k,
+                        v,
+                        q.shape[-1] ** -0.5,
+                        grid,
+                        whole_video(grid),
+                        BLOCK,
+                        layer=layer,
+                        step=step,
+                        steps=STEPS,
+                    )
+                )
             yield calls
 
 
@@ -135,7 +153,7 @@ def measure_sites() -> None:
     dense = [[_dense(call) for call in calls] for calls in sites]
     for density in DENSITIES:
         for label, name, options in variants():
-            for tail in ("none", "pooled", *(("rectified", "rescaled") if name in ("pooled", "window") else ())):
+            for tail in ("none", "pooled", *(OTHER_TAILS if label in TAILS_SHOWN else ())):
                 key = f"{label} | {density:g} | {tail}"
                 if key not in results.entries:
                     results.add(key, _measured(name, density, options, tail, sites, dense))
@@ -158,8 +176,11 @@ def _measured(
         memory: dict[Any, Any] = {}
         first = replace(calls[0], memory=memory, notes=notes)
         pattern.prepare(sub_call(group, first), outputs[0])
+        laid = lay_out([_part(group, first)], first)
         if tail == "rescaled":
-            remember_kept_mass(first, lay_out([_part(group, first)], first), outputs[0], memory)
+            remember_kept_mass(first, laid, outputs[0], memory)
+        if tail.endswith(RESIDUAL):
+            remember_loss(first, laid, outputs[0], tail.removesuffix(RESIDUAL), memory)
         for call, expected in zip(calls[1:], outputs[1:], strict=True):
             call = replace(call, memory=memory, notes=notes)
             moments = [time.perf_counter()]
@@ -167,7 +188,7 @@ def _measured(
             moments.append(time.perf_counter())
             laid = lay_out([_part(group, call)], call)
             moments.append(time.perf_counter())
-            out = pattern.finish(sub_call(group, call), attend(call, laid, tail, memory))
+            out = pattern.finish(sub_call(group, call), attend(call, laid, tail.removesuffix(RESIDUAL), memory))
             moments.append(time.perf_counter())
             in_dense, selecting, attending = (b - a for a, b in itertools.pairwise(moments))
             errors.append(float((out - expected).norm() / expected.norm()))
@@ -192,21 +213,24 @@ def _dense(call: Call) -> torch.Tensor:
     return torch.nn.functional.scaled_dot_product_attention(call.q, call.k, call.v, scale=call.scale)
 
 
-def measure_clips(prompts: int, densities: tuple[float, ...], only: list[str] | None) -> None:
-    """PSNR and SSIM against the dense clip of the same prompt and seed."""
+def measure_clips(prompts: int, densities: tuple[float, ...], labels: list[str]) -> None:
+    """PSNR and SSIM against the dense clip of the same prompt and seed, of variants by their labels; with ` + residual`
+    behind it, what the last dense step lost is added."""
     results = Results("patterns_clips")
-    chosen = [each for each in variants() if only is None or each[0] in only]
+    known = {label: (name, options) for label, name, options in variants()}
     for number in range(prompts):
-        for label, name, options in chosen:
-            for density in densities:
+        for density in densities:
+            for label in labels:
                 key = f"{label} | {density:g} | {number}"
-                if key not in results.entries:
-                    results.add(key, _clip(name, density, options, number))
-                    print(key, results.entries[key], flush=True)
+                if key in results.entries:
+                    continue
+                name, options = known[label.removesuffix(RESIDUAL)]
+                plan = Plan.uniform(name, density, dense_steps=DENSE_STEPS, block=BLOCK, **options)
+                results.add(key, _clip(replace(plan, residual=label.endswith(RESIDUAL)), number))
+                print(key, results.entries[key], flush=True)
 
 
-def _clip(name: str, density: float, options: dict[str, Any], number: int) -> dict[str, Any]:
-    plan = Plan.uniform(name, density, dense_steps=DENSE_STEPS, block=BLOCK, **options)
+def _clip(plan: Plan, number: int) -> dict[str, Any]:
     expected = _dense_clip(number)
     frames, report = _run(plan, number)
     difference = compare(expected, frames)
@@ -251,11 +275,50 @@ def best_variants(density: float, count: int) -> list[str]:
     return list(best.values())[:count]
 
 
+def tables() -> str:
+    """The results as Markdown: one table for sites at 0.3 and 0.1, one for clips."""
+    sites, clips = Results("patterns_sites").entries, Results("patterns_clips").entries
+    lines = [
+        "| pattern | error, no tail | pooled tail | worst site | choosing | speed-up | error at 0.1 | speed-up |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for label in sorted(
+        {key.split(" | ")[0] for key in sites},
+        key=lambda label: sites.get(f"{label} | 0.3 | pooled", {"error": 9})["error"],
+    ):
+        none, pooled, low = (sites.get(f"{label} | {cell}") for cell in ("0.3 | none", "0.3 | pooled", "0.1 | pooled"))
+        if none and pooled and low:
+            lines.append(
+                f"| {label} | {none['error']:.3f} | {pooled['error']:.3f} | {pooled['worst_error']:.3f} "
+                f"| {pooled['selection_share']:.0%} | {pooled['speedup']:.2f}× "
+                f"| {low['error']:.3f} | {low['speedup']:.2f}× |"
+            )
+    lines += [
+        "",
+        "| pattern | density | prompts | PSNR, median | PSNR, worst | SSIM, median |",
+        "|---|---|---|---|---|---|",
+    ]
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for key, entry in clips.items():
+        label, density, _ = key.split(" | ")
+        found.setdefault((label, density), []).append(entry)
+    for (label, density), entries in sorted(
+        found.items(), key=lambda item: (-float(item[0][1]), -statistics.median(clip["psnr"] for clip in item[1]))
+    ):
+        psnr, ssim = ([clip[name] for clip in entries] for name in ("psnr", "ssim"))
+        lines.append(
+            f"| {label} | {density} | {len(entries)} | {statistics.median(psnr):.1f} dB | {min(psnr):.1f} dB "
+            f"| {statistics.median(ssim):.3f} |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("record", "sites", "clips", "table"))
     parser.add_argument("--only", action="append", help="clips: these variants, by their labels")
     parser.add_argument("--prompts", type=int, help="clips: so many, instead of 2 and then 8 for the best six")
+    parser.add_argument("--density", type=float, action="append", help="clips: these, instead of 0.3 and 0.1")
     args = parser.parse_args()
     RESULTS.mkdir(exist_ok=True)
     if args.command == "record":
@@ -263,11 +326,12 @@ def main() -> None:
     elif args.command == "sites":
         measure_sites()
     elif args.command == "clips":
-        measure_clips(args.prompts or 2, CLIP_DENSITIES, args.only)
-        if args.prompts is None and args.only is None:
-            measure_clips(len(PROMPTS), CLIP_DENSITIES, best_variants(0.3, BEST))
+        measure_clips(args.prompts or 2, args.density or CLIP_DENSITIES, args.only or [each[0] for each in variants()])
+        if not (args.only or args.prompts or args.density):
+            best = best_variants(CLIP_DENSITIES[0], BEST)
+            measure_clips(len(PROMPTS), CLIP_DENSITIES, [*best, *(label + RESIDUAL for label in best)])
     else:
-        raise NotImplementedError
+        print(tables())
 
 
 if __name__ == "__main__":

@@ -25,20 +25,31 @@ def tiles_kept(density: float, tiles: int) -> int:
 
 
 def choose(
-    scores: torch.Tensor, queries: Blocks, keys: Blocks, density: float, rule: str = "row", own: bool = True
+    scores: torch.Tensor,
+    queries: Blocks,
+    keys: Blocks,
+    density: float,
+    rule: str = "row",
+    own: bool | torch.Tensor = True,
+    recall: float = 0.0,
 ) -> torch.Tensor:
     """Keep the share `density` of the token pairs of every head.
 
     Args:
         scores: [B, H, nq, nk], the logarithm of the softmax mass for each token of a key block, up to a constant for
             each row: for a row's order a block counts what it costs. −inf is never kept.
-        own: query block i and key block i hold the same tokens, and every block sees itself.
+        own: query block i and key block i hold the same tokens, and every block sees itself; or bool [nq, nk], the
+            pairs to keep in any case.
+        recall: if above 0, keep the fewest blocks of every row that hold this share of its softmax mass instead, the
+            crossing one among them (LoSA; ZipVL): the density is what that gives.
 
     Returns:
         bool like scores. Where the blocks of a head differ in size, the last one taken may exceed the budget.
     """
     check_choice("rule", rule, RULES)
-    ranked = _own_first(scores) if own else scores
+    ranked = _first(scores, own)
+    if recall > 0:
+        return _mass_before(ranked, block_masses_of(scores, keys)) < recall
     if rule == "above":
         z = float(torch.special.ndtri(torch.tensor(1.0 - density, dtype=torch.float64)))
         return above(scores, z) | (ranked == float("inf"))
@@ -49,17 +60,12 @@ def choose(
         return within_budget(ranked, area, density, per_row=True)
     masses = block_masses_of(scores, keys)
     if rule == "head":
-        return within_budget(_own_first(masses) if own else masses, area, density)
+        return within_budget(_first(masses.masked_fill(scores == float("-inf"), float("-inf")), own), area, density)
     before = _mass_before(ranked, masses)
     if rule == "mass":
         return within_budget(-before, area, density)
     floor = within_budget(ranked, area, density / 2, per_row=True)
     return within_budget((-before).masked_fill(floor, float("inf")), area, density)
-
-
-def at_recall(scores: torch.Tensor, keys: Blocks, recall: float, own: bool = True) -> torch.Tensor:
-    """The fewest blocks of every row that hold `recall` of its softmax mass; the crossing one is kept."""
-    return _mass_before(_own_first(scores) if own else scores, block_masses_of(scores, keys)) < recall
 
 
 def block_masses_of(scores: torch.Tensor, keys: Blocks) -> torch.Tensor:
@@ -86,10 +92,14 @@ def within_budget(rank: torch.Tensor, area: torch.Tensor, density: float, per_ro
     return kept.scatter_(-1, best, rank.gather(-1, best) > float("-inf"))
 
 
-def _own_first(scores: torch.Tensor) -> torch.Tensor:
-    ranked = scores.clone()
-    ranked.diagonal(dim1=-2, dim2=-1).fill_(float("inf"))
-    return ranked
+def _first(scores: torch.Tensor, own: bool | torch.Tensor) -> torch.Tensor:
+    """The scores with `own` pairs above all others."""
+    if isinstance(own, torch.Tensor):
+        return scores.masked_fill(own, float("inf"))
+    if own:
+        scores = scores.clone()
+        scores.diagonal(dim1=-2, dim2=-1).fill_(float("inf"))
+    return scores
 
 
 def _mass_before(ranked: torch.Tensor, masses: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@ A pair of blocks is kept if it holds any pair of tokens that the rule wants: ins
 other, so a layout keeps a little more than its rule, never less.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,13 +19,14 @@ from pointillist.accel.tiles import Grid, Segment
 
 CPU = torch.device("cpu")
 SAMPLED_ROWS = 48
-"""Query blocks, evenly spaced, on which a wished density is tried out."""
+"""Query blocks, evenly spaced, on which a wished density is tried out; fewer where the video is long."""
+SAMPLED_TOKENS = 2**20
 BISECTIONS = 12
 
 
 @dataclass(frozen=True, eq=False)
 class Places:
-    """Where tokens are: coordinates that broadcast against those of the other side, int64."""
+    """Where tokens are: coordinates that broadcast against those of the other side, int32."""
 
     t: torch.Tensor
     h: torch.Tensor
@@ -75,7 +77,8 @@ def _sized(cls: type[Geometric], density: float, grid: Grid, block: int, options
         size = (low + high) / 2 if size is None else size
         pattern = cls(size=size, **dict(options))  # type: ignore[call-arg]
         blocks = blocks_in(pattern.order, grid, block, CPU)
-        rows = torch.linspace(0, blocks.count - 1, min(SAMPLED_ROWS, blocks.count)).round().long()
+        number = min(blocks.count, SAMPLED_ROWS, max(12, SAMPLED_TOKENS // math.prod(grid)))
+        rows = torch.linspace(0, blocks.count - 1, number).round().long()
         kept = rasterise(pattern.wants, grid, blocks, rows).float() @ blocks.sizes[0, 0]
         realised = float(kept @ blocks.sizes[0, 0, rows] / blocks.sizes[0, 0, rows].sum() / blocks.sizes.sum())
         best = min(best, (abs(realised - density), size))
@@ -96,7 +99,7 @@ def rasterise(
         bool [rows, blocks], on the device of `blocks`.
     """
     order, bounds, device = blocks.order[0, 0], blocks.bounds[0, 0], blocks.order.device
-    t, h, w = places_of(grid).to(device)[order].unbind(1)
+    t, h, w = places_of(grid).to(device, torch.int32)[order].unbind(1)
     keys = Places(t[None], h[None], w[None], grid)
     starts = bounds.tolist()
     chosen = range(blocks.count) if rows is None else rows.tolist()

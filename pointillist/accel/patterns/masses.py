@@ -31,6 +31,9 @@ class Masses(Pattern):
     """Of the blocks."""
     rule: str = "mass"
     """How a head's budget is shared among its query blocks: see `choose.py`."""
+    recall: float = 0.0
+    """If above 0, every query block keeps the fewest blocks with this share of its softmax mass, whatever the
+    density (LoSA: 0.99; ZipVL)."""
     head_budget: bool = False
     """Of the heads that keep over 0.8 of their mass, at most half of all, the best give half of their density to as
     many of the worst; the mean stays."""
@@ -40,6 +43,7 @@ class Masses(Pattern):
     def __post_init__(self) -> None:
         check_choice("order", self.order, BLOCK_ORDERS)
         check_choice("rule", self.rule, RULES)
+        check_range("recall", self.recall, 0, 1)
         check_range("refresh", self.refresh, 0, 1000)
 
     def prepare(self, call: Call, out: torch.Tensor) -> None:
@@ -59,9 +63,9 @@ class Masses(Pattern):
     def _chosen(self, call: Call, blocks: Blocks) -> torch.Tensor:
         masses = exact_masses(call, blocks)
         scores = log_per_token(masses, blocks)
-        mask = choose(scores, blocks, blocks, self.density, self.rule)
+        mask = choose(scores, blocks, blocks, self.density, self.rule, recall=self.recall)
         moved = min(self.density / 2, 1 - self.density)
-        if not self.head_budget or moved <= 0:
+        if not self.head_budget or moved <= 0 or self.recall > 0:
             return mask
         recall = kept_mass(masses, mask, blocks)
         heads = recall.shape[1]

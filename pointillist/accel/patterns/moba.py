@@ -22,7 +22,7 @@ import torch
 
 from pointillist.accel.blocks import Blocks, block_means
 from pointillist.accel.orders import places_of
-from pointillist.accel.patterns.choose import _mass_before, block_masses_of, choose, within_budget
+from pointillist.accel.patterns.choose import choose
 from pointillist.accel.patterns.pattern import Call, Pattern, Selection, check_choice, check_range
 from pointillist.accel.tiles import Grid
 from pointillist.kernels import uniform_bounds
@@ -80,14 +80,7 @@ class Moba(Pattern):
         return float(((union @ sizes) @ chunks.queries.sizes[0, 0]).sum() / (wanted @ sizes).sum())
 
     def _choose(self, gates: torch.Tensor, chunks: Chunks) -> torch.Tensor:
-        queries, keys, own = chunks
-        ranked = gates.masked_fill(own, float("inf"))
-        if self.rule == "row":
-            return choose(ranked, queries, keys, self.density, own=False)
-        area, masses = queries.sizes[..., None] * keys.sizes[..., None, :], block_masses_of(gates, keys)
-        if self.rule == "head":
-            return within_budget(masses.masked_fill(own, float("inf")), area, self.density)
-        return within_budget(-_mass_before(ranked, masses), area, self.density)
+        return choose(gates, chunks.queries, chunks.keys, self.density, self.rule, own=chunks.own)
 
 
 @lru_cache(maxsize=64)

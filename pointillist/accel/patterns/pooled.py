@@ -26,6 +26,9 @@ class Pooled(Pattern):
     """Of the blocks."""
     rule: str = "row"
     """How a head's budget is shared among its query blocks: see `choose.py`."""
+    recall: float = 0.0
+    """If above 0, every query block keeps the fewest blocks with this share of its estimated softmax mass, whatever the
+    density (LoSA: 0.99; ZipVL)."""
     similarity: float = -1.0
     """Blocks whose tokens' mean cosine similarity is not above it are seen by all and see all (SpargeAttn, stage 1;
     there −0.1 to 0.6). They come on top of the density. −1 is off."""
@@ -35,14 +38,15 @@ class Pooled(Pattern):
     def __post_init__(self) -> None:
         check_choice("order", self.order, BLOCK_ORDERS)
         check_choice("rule", self.rule, RULES)
+        check_range("recall", self.recall, 0, 1)
         check_range("similarity", self.similarity, -1, 1)
         check_range("channels", self.channels, 0, 4096)
 
     def select(self, call: Call) -> Selection:
         blocks = blocks_in(self.order, call.grid, call.block, call.device)
-        mask = choose(self._scores(call, blocks), blocks, blocks, self.density, self.rule)
+        mask = choose(self._scores(call, blocks), blocks, blocks, self.density, self.rule, recall=self.recall)
         pairs = mask.numel()
-        if self.rule == "row":
+        if self.rule == "row" and self.recall == 0:
             pairs = pairs // blocks.count * tiles_kept(self.density, blocks.count)
         if self.similarity > -1:
             loose_q, loose_k = (self_similarity(x, blocks) <= self.similarity for x in (call.video_q, call.video_k))

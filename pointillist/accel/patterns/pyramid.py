@@ -50,7 +50,7 @@ class Pyramid(Sampled):
     def select(self, call: Call) -> Selection:
         blocks = blocks_in(self.order, call.grid, call.block, call.device)
         scores = self._scores(call)
-        kept = choose(scores, blocks, blocks, self.density, self.rule)
+        kept = choose(scores, blocks, blocks, self.density, self.rule, recall=self.recall)
         masses = block_masses_of(scores, blocks).masked_fill(kept, -1)  # behind all dropped ones
         highest, order = masses.sort(dim=-1, descending=True, stable=True)
         in_rank = highest.clamp(min=0)
