@@ -51,8 +51,9 @@ BEST = 6
 OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
     "pooled": (
         {"order": "tiles"}, {"order": "gilbert"}, {"order": "thw"}, {"rule": "mass"}, {"rule": "hybrid"},
-        {"rule": "head"}, {"rule": "above"}, {"channels": 16}, {"similarity": 0.3},
+        {"rule": "head"}, {"rule": "above"}, {"similarity": 0.3},
     ),
+    "sampled": ({"channels": 16},),
     "neighborhood": ({"shape": "circle"}, {"dilation": 2}),
     "diagonal": ({"order": "hwt"},),
     "tile": ({"rotate": True},),
@@ -122,7 +123,7 @@ def recorded() -> Iterator[list[Call]]:
     """The calls of each site, in the order of the steps; the first is the last dense step."""
     with safe_open(KEPT / "recorded.safetensors", framework="pt") as file:
         grid = tuple(json.loads(file.metadata()["grid"]))
-        sites = sorted({key.split("/")[0] for key in file.keys()})
+        sites = sorted({key.split("/")[0] for key in file.keys()}, key=lambda site: int(site.split(".")[-2]))
         for layer, site in enumerate(sites):
             calls = []
             for step in RECORDED_STEPS:
@@ -206,7 +207,7 @@ def _measured(
 
 
 def _part(group: Group, call: Call) -> Any:
-    return group, select(group.pattern.at_step(call.step), sub_call(group, call))
+    return group, select(group, call)
 
 
 def _dense(call: Call) -> torch.Tensor:

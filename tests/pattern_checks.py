@@ -3,7 +3,7 @@
 import torch
 
 from pointillist.accel.blocks import Blocks
-from pointillist.accel.layouts import Group, Laid, lay_out, select, sub_call
+from pointillist.accel.layouts import Group, Laid, lay_out, select
 from pointillist.accel.patterns.pattern import Call, Pattern, Selection, video_of, without_padding
 from pointillist.accel.tiles import Grid, Segment, whole_video
 
@@ -41,7 +41,7 @@ def make_call(
 
 
 def selected(pattern: Pattern, call: Call) -> Selection:
-    return select(pattern.at_step(call.step), sub_call(Group(pattern), call))
+    return select(Group(pattern), call)
 
 
 def laid_out(pattern: Pattern, call: Call, **options) -> Laid:

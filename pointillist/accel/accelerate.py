@@ -177,6 +177,8 @@ class Acceleration:
 
     def _step_ended(self) -> None:
         self._runtime.record.last_step = now(self._device)
+        if self._runtime.state.was_last_step:
+            self._runtime.forget()
 
     def _plan_source(self) -> str:
         plan, grid = self._choice.plan, self._runtime.record.grid

@@ -31,6 +31,8 @@ class Blocks:
     """So many first blocks are exactly the first latent frame; None where blocks mix frames."""
     uniform: bool = False
     """Every block but the last is as large as the largest."""
+    even: bool = False
+    """All blocks are about equally large, so that a share of them is a share of the tokens."""
     name: str = ""
     """Of the order, if it is one of `BLOCK_ORDERS`."""
 
@@ -75,6 +77,7 @@ def blocks_in(order: str, grid: Grid, block: int, device: torch.device) -> Block
         int(bounds.diff().max()),
         first_frame,
         uniform=order in ORDERS,
+        even=True,
         name=order,
     )
 

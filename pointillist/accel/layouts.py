@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from pointillist.accel.blocks import Blocks, places_in
+from pointillist.accel.blocks import Blocks, blocks_in, places_in
 from pointillist.accel.patterns import pattern_class
 from pointillist.accel.patterns.pattern import Call, Pattern, Selection, video_of, without_padding
 from pointillist.accel.tiles import Grid, Segment
@@ -22,9 +22,20 @@ class Group:
     heads: tuple[int, ...] | None = None
     """None is all heads of the site."""
 
+    def index(self, device: torch.device) -> torch.Tensor:
+        """int64 [heads]: their numbers, on the device."""
+        assert self.heads is not None, "one group has all heads, and then there is no other"
+        return _index(self.heads, device)
+
     def of(self, x: torch.Tensor) -> torch.Tensor:
         """These heads of x [B, H, …]."""
-        return x if self.heads is None else x[:, list(self.heads)]
+        return x if self.heads is None else x.index_select(1, self.index(x.device))
+
+
+@lru_cache(maxsize=4096)
+def _index(heads: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """A list as an index would be copied to the device, and waited for, at every use."""
+    return torch.tensor(heads).to(device)
 
 
 @dataclass(frozen=True)
@@ -51,11 +62,12 @@ def pattern_for(
     return pattern_class(name).at_density(density, grid, segments, block, **dict(options))
 
 
-def select(pattern: Pattern, call: Call) -> Selection:
-    """The pairs that `pattern` keeps of `call`; for static patterns every call after the first costs nothing."""
+def select(group: Group, call: Call) -> Selection:
+    """The pairs that the group's pattern keeps of a call of all heads; static ones cost nothing but once."""
+    pattern = group.pattern.at_step(call.step, call.grid)
     if pattern.STATIC:
         return _static_selection(pattern, call.grid, call.segments, call.block, call.device)
-    return pattern.select(call)
+    return pattern.select(sub_call(group, call))
 
 
 def sub_call(group: Group, call: Call) -> Call:
@@ -192,9 +204,8 @@ def _joined_blocks(each: Sequence[tuple[Group, Blocks]], heads: int) -> Blocks:
     order = first.order.new_empty(batch, heads, tokens)
     bounds = first.bounds.new_full((batch, heads, count + 1), tokens)
     for group, blocks in each:
-        assert group.heads is not None, "one group has all heads, and then there is no other"
-        order[:, list(group.heads)] = blocks.order
-        bounds[:, list(group.heads), : blocks.count + 1] = blocks.bounds
+        order[:, group.index(order.device)] = blocks.order
+        bounds[:, group.index(order.device), : blocks.count + 1] = blocks.bounds
     return Blocks(order, bounds, max(blocks.largest for _, blocks in each))
 
 
@@ -207,15 +218,16 @@ def _joined_masks(
     batch, pairs = max(part.mask.shape[0] for _, part in parts), 0
     mask = parts[0][1].mask.new_zeros(batch, heads, rows, columns)
     for group, part in parts:
-        assert group.heads is not None
-        mask[:, list(group.heads), : part.queries.count, : part.keys.count] = part.mask
-        pairs += part.pairs * batch * len(group.heads) // (part.mask.shape[0] * part.mask.shape[1])
+        mine = group.index(mask.device)
+        mask[:, mine, : part.queries.count, : part.keys.count] = part.mask
+        pairs += part.pairs * batch * len(mine) // (part.mask.shape[0] * part.mask.shape[1])
     return mask, pairs
 
 
 def _as_they_lie(blocks: Blocks, grid: Grid, block: int, hoist: str) -> torch.Tensor | None:
     """The order of the blocks' tokens among the video's as they lie in the sequence; None if it is the same."""
-    if blocks.name == (hoist or "thw"):
+    name = hoist or "thw"
+    if blocks.name == name and blocks.order is blocks_in(name, grid, block, blocks.order.device).order:
         return None
     return places_in(hoist, grid, block, blocks.order.device)[blocks.order] if hoist else blocks.order
 

@@ -68,7 +68,7 @@ class Plan:
     table: tuple[tuple[Rule, ...], ...]
     """One row per layer, or one for all; in it one rule per head, or one for all."""
     tail: str = "none"
-    """What stands in for dropped pairs: `none`, or `pooled` (block means)."""
+    """What stands in for dropped pairs: `none`, `pooled`, `rectified` or `rescaled` (see `tails.py`)."""
     residual: bool = False
     """Add what was lost at the last dense step, ever less of it (after Re-ttention). A site remembers as much as q for
     each branch, which large models have no room for."""
@@ -213,8 +213,12 @@ def _check(plan: Plan) -> None:
         raise PlanError(f"tail {plan.tail!r} is unknown; allowed are {', '.join(TAILS)}")
     if plan.quantized not in QUANTIZED:
         raise PlanError(f"quantized is {plan.quantized!r}; allowed are {', '.join(QUANTIZED)}")
+    if not isinstance(plan.hoist, str):
+        raise PlanError(f"hoist is {plan.hoist!r:.200}; it must be the name of an order, or nothing")
     if plan.hoist:
         _check_hoist(plan)
+    if plan.residual is True or plan.tail == "rescaled":
+        _check_adds(plan, "residual must be false and the tail another")
     for name in ("reuse_layers", "reuse_steps"):
         if not _is_count(getattr(plan, name)) or getattr(plan, name) < 1:
             raise PlanError(f"{name} is {getattr(plan, name)!r}; it must be a whole number, 1 or more")
@@ -250,9 +254,14 @@ def _check_hoist(plan: Plan) -> None:
 
     if plan.hoist not in BLOCK_ORDERS:
         raise PlanError(f"hoist is {plan.hoist!r:.200}; allowed are {', '.join(BLOCK_ORDERS)}, or nothing")
+    _check_adds(plan, "hoist must be empty")
+
+
+def _check_adds(plan: Plan, demand: str) -> None:
+    """Raises PlanError if a pattern adds a part of its own to the output."""
     for name in sorted({rule.pattern for row in plan.table for rule in row}):
-        if pattern_class(name).IN_SEQUENCE:
-            raise PlanError(f"the pattern {name} finishes tokens as they lie in the sequence; hoist must be empty")
+        if pattern_class(name).ADDS:
+            raise PlanError(f"the pattern {name} adds a trained part to the output of the grid's tokens; {demand}")
 
 
 def _check_options(pattern: str, options: Any) -> None:

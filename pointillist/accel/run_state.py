@@ -27,6 +27,8 @@ class RunState:
         self.grid: Grid | None = None
         """Token grid of the running call, None between calls."""
         self.thread: int | None = None
+        self.was_last_step = False
+        """The last transformer call was of the generation's last step."""
         self._context: str | None = None
         self._timesteps: torch.Tensor | None = None
         self._unnamed: tuple[tuple[str, int | None], int] = (("", None), 0)
@@ -45,6 +47,7 @@ class RunState:
         """A transformer call begins."""
         self.expert, self.grid, self.thread = expert, grid, threading.get_ident()
         self.step = self._step_of(timestep)
+        self.was_last_step = self.step is not None and self.step == len(self.sigmas) - 1
         self.branch = self._context if self._context is not None else self._place_within_step()
 
     def leave(self) -> None:

@@ -111,7 +111,7 @@ class Site:
         plan, grid = self._runtime.plan, self._runtime.state.grid
         assert plan is not None and grid is not None, "a site runs inside a transformer call"
         rules = plan.rules(self._layer)
-        density = sum(rule.density for rule in rules) / len(rules)
+        density = sum(rule.density for rule in rules if rule.pattern != "skip") / len(rules)
         reason = ""
         if tokens != math.prod(grid):
             reason = f"{tokens} tokens are not the grid {_text(grid)}"
@@ -156,15 +156,19 @@ class Site:
         laid = self._lay_out(plan, groups, call)
         out = attend(call, laid, plan.tail, call.memory, plan.quantized)
         for group in groups:
-            if type(group.pattern).finish is not Pattern.finish:
-                heads = slice(None) if group.heads is None else list(group.heads)
-                out[:, heads] = group.pattern.finish(sub_call(group, call), out[:, heads])
+            if _finishes(group.pattern):
+                finished = group.pattern.finish(sub_call(group, call), group.of(out))
+                out = finished if group.heads is None else out.index_copy(1, group.index(call.device), finished)
+        if plan.residual and "lost output" not in call.memory:
+            call.notes["no residual: there was no dense step to remember"] += 1
         return out.transpose(1, 2), laid.density
 
     def _learn(self, plan: Plan, groups: tuple[Group, ...], call: Call, out: torch.Tensor) -> None:
         """Patterns and the tail look at the last dense step, whose output is `out` [B, H, S, D]."""
         for group in groups:
-            if type(group.pattern).prepare is not Pattern.prepare:
+            call.memory.pop(("selection", group), None)
+            follows = call.layer % plan.reuse_layers != 0 and not _finishes(group.pattern)
+            if type(group.pattern).prepare is not Pattern.prepare and not follows:
                 group.pattern.prepare(sub_call(group, call), group.of(out))
         if plan.tail == "rescaled" or plan.residual:
             laid = self._lay_out(plan, groups, call)
@@ -179,9 +183,8 @@ class Site:
 
     def _selection(self, plan: Plan, group: Group, call: Call) -> Selection:
         """The group's own choice in this call, or an earlier one where the plan says so."""
-        finishes = type(group.pattern).finish is not Pattern.finish  # and wants to know its own choice
-        if group.pattern.STATIC or finishes or plan.reuse_layers == plan.reuse_steps == 1:
-            return select(group.pattern.at_step(call.step), sub_call(group, call))
+        if group.pattern.STATIC or _finishes(group.pattern) or plan.reuse_layers == plan.reuse_steps == 1:
+            return select(group, call)
         state = self._runtime.state
         shapes = (call.grid, call.q.shape, call.device)
         of_layers = self._runtime.memory(state.expert, shapes)
@@ -193,10 +196,16 @@ class Site:
             if made is not None and fresh(made):
                 break
         else:
-            made, selection = call.step, select(group.pattern.at_step(call.step), sub_call(group, call))
+            made, selection = call.step, select(group, call)
             of_layers["selection", group] = (made, selection)
-        call.memory["selection", group] = (made, selection)
+        if plan.reuse_steps > 1:
+            call.memory["selection", group] = (made, selection)
         return selection
+
+
+def _finishes(pattern: Pattern) -> bool:
+    """Whether the pattern has the last word on the output, and so must know its own choice of pairs."""
+    return type(pattern).finish is not Pattern.finish
 
 
 def _groups_of(rules: tuple[Rule, ...], grid: Grid, block: int) -> tuple[Group, ...]:

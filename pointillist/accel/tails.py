@@ -112,7 +112,7 @@ def _means(call: Call, laid: Laid) -> Means:
     log_counts = torch.nn.functional.pad(usual.log_counts.expand(batch, heads, -1), (0, more), value=float("-inf"))
     pairs = torch.nn.functional.pad(pairs, (0, more))
     for group, selection, means in own:
-        chosen = list(range(heads)) if group.heads is None else list(group.heads)
+        chosen = slice(None) if group.heads is None else group.index(call.device)
         used, rows = means.keys.shape[2], means.pairs.shape[2]
         pairs[:, chosen], log_counts[:, chosen] = False, float("-inf")
         keys[:, chosen, :used], values[:, chosen, :used] = means.keys.to(keys.dtype), means.values.to(values.dtype)
@@ -123,11 +123,11 @@ def _means(call: Call, laid: Laid) -> Means:
 
 def _has_tail(laid: Laid, call: Call) -> torch.Tensor:
     """bool [1, H, 1]."""
-    has = torch.ones(call.q.shape[1], dtype=torch.bool)
+    has = torch.ones(1, call.q.shape[1], 1, dtype=torch.bool, device=call.device)
     for group, selection in laid.parts:
         if not selection.tail:
-            has[slice(None) if group.heads is None else list(group.heads)] = False
-    return has[None, :, None].to(call.device, non_blocking=True)
+            has[:, slice(None) if group.heads is None else group.index(call.device)] = False
+    return has
 
 
 def _rectified(call: Call, laid: Laid, sparse: torch.Tensor) -> torch.Tensor:

@@ -29,6 +29,17 @@ def test_the_output_is_that_without_hoisting(pipe, run, name, hoist):
     assert not torch.equal(first, plain)
 
 
+@pytest.mark.parametrize("stride", [5, 8, 12])
+def test_blocks_of_another_size_are_another_order(stride):
+    """`antidiagonal` cuts blocks to a multiple of its stride: then `frames` is not the hoisted `frames`."""
+    call = make_call((3, 10, 11), block=32, smooth=2)
+    pattern = pattern_class("antidiagonal")(0.3, order="frames", stride=stride)
+    order = blocks_in("frames", call.grid, call.block, call.device).order[0, 0]
+    moved = replace(call, **{name: getattr(call, name)[:, :, order] for name in "qkv"}, hoist="frames", memory={})
+    plain, laid = (laid_out(pattern, each) for each in (call, moved))
+    assert torch.equal(video_mask(laid, moved), video_mask(plain, call)[:, :, order][..., order])
+
+
 @pytest.mark.parametrize("hoist", BLOCK_ORDERS)
 def test_layouts_name_tokens_as_they_lie(hoist):
     """The same q and k in another order give the same pairs."""

@@ -86,12 +86,51 @@ def test_another_shape_starts_cold():
     assert runtime.memory("here", (1, 2)) == {}  # outside of a generation nothing is kept
 
 
-def test_restore_forgets(pipe, run):
+def test_memory_is_let_go_after_the_last_step_and_by_restore(pipe, run):
+    held = []
+
+    def look(pipe, step, timestep, tensors):
+        held.append(len(handle._runtime._memories))
+        if step == 1 and len(held) == 2:
+            raise KeyboardInterrupt
+        return tensors
+
     handle = accelerate(pipe, PLAN)
-    run(pipe, steps=1)
-    assert handle._runtime._memories
+    with pytest.raises(KeyboardInterrupt):
+        run(pipe, steps=3, callback_on_step_end=look)
+    assert held == [4, 4] and handle._runtime._memories
+    run(pipe, steps=3, callback_on_step_end=look)
+    assert held[2:] == [4, 4, 0] and not handle._runtime._memories
+    held.clear()
+    with pytest.raises(KeyboardInterrupt):
+        run(pipe, steps=3, callback_on_step_end=look)
     handle.restore()
     assert not handle._runtime._memories
+
+
+def test_a_dense_step_refreshes_what_is_reused(pipe, run):
+    """With dense_every=3, steps 2 and 5 are dense; the choices of step 0 and 3 do not outlive them."""
+    plan = replace(PLAN, reuse_steps=6, schedule=replace(PLAN.schedule, dense_every=3))
+    with accelerate(pipe, plan):
+        run(pipe, steps=6, guidance=1.0)
+    assert [step for kind, layer, step, *_ in SEEN if kind == "select" and layer == 0] == [0, 3]
+
+
+def test_layers_that_follow_another_do_not_calibrate(run):
+    pipe = make_pipe(transformer=make_transformer(layers=4))
+    schedule = replace(PLAN.schedule, dense_steps=1)
+    with accelerate(pipe, replace(PLAN, reuse_layers=2, schedule=schedule)):
+        run(pipe, steps=3, guidance=1.0)
+    assert [layer for kind, layer, *_ in SEEN if kind == "prepare"] == [0, 2]
+
+
+def test_a_residual_without_a_dense_step_is_noted(pipe, run):
+    with accelerate(pipe, replace(PLAN, residual=True)) as handle:
+        run(pipe, steps=2)
+    assert any("no residual" in note for note in handle.report().fallbacks)
+    with accelerate(pipe, replace(PLAN, residual=True, schedule=replace(PLAN.schedule, dense_steps=1))) as handle:
+        run(pipe, steps=3)
+    assert not handle.report().fallbacks
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pattern_checks import GRIDS, laid_out, make_call, selected, video_mask
-from pointillist.accel.layouts import Group, lay_out, sub_call
+from pointillist.accel.layouts import Group, lay_out, select, sub_call
 from pointillist.accel.patterns import PATTERNS, pattern_class
 from pointillist.accel.patterns.pattern import without_padding
 from pointillist.accel.tails import attend
@@ -136,7 +136,7 @@ def test_heads_with_different_patterns_share_a_launch(name):
     ]
     if name == "pooled":
         groups[0] = Group(pattern_of("window", 0.5, grid), (0,))
-    parts = [(group, selected_for(group, call)) for group in groups]
+    parts = [(group, select(group, call)) for group in groups]
     for dense_first_frame in (False, True):
         laid = lay_out(parts, call, dense_first_frame)
         together = laid.layout.token_mask(2, 3)
@@ -147,12 +147,6 @@ def test_heads_with_different_patterns_share_a_launch(name):
             assert torch.equal(together[:, chosen], alone)
         assert float(laid.density) == pytest.approx(float(together.float().mean()), abs=1e-5)
         assert laid.layout.indptr[..., -1].max() <= laid.layout.columns.numel()
-
-
-def selected_for(group, call):
-    from pointillist.accel.layouts import select
-
-    return select(group.pattern.at_step(call.step), sub_call(group, call))
 
 
 @pytest.mark.parametrize("name", SPARSE)

@@ -7,8 +7,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from pattern_checks import laid_out, make_call, selected
-from pointillist.accel.layouts import Group, lay_out
+from pattern_checks import laid_out, make_call
+from pointillist.accel.layouts import Group, lay_out, select
 from pointillist.accel.patterns import pattern_class
 from pointillist.accel.tails import attend, remember_kept_mass, remember_loss
 
@@ -100,7 +100,7 @@ def test_rescaled_without_a_dense_step_says_so():
 @pytest.mark.parametrize("tail", ["pooled", "rectified", "rescaled"])
 def test_skipped_heads_have_no_tail(tail):
     call, memory = make_call(GRID, heads=3), {}
-    parts = [(group, selected(group.pattern, call)) for group in (
+    parts = [(group, select(group, call)) for group in (
         Group(pattern_class("window")(0.3), (0, 2)), Group(pattern_class("random")(0.3), (1,)),
     )]  # fmt: skip
     none = parts[1][1]

@@ -174,7 +174,7 @@ def test_compiled_layers_share_their_graphs(run):
 
 @pytest.mark.parametrize("name", ["sla", "vsa"])
 def test_trained_outputs_need_tokens_in_the_grids_order(name):
-    with pytest.raises(PlanError, match=f"the pattern {name} finishes tokens as they lie"):
+    with pytest.raises(PlanError, match=f"the pattern {name} adds a trained part"):
         replace(Plan.uniform(name, 0.3), hoist="gilbert")
 
 

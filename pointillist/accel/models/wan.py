@@ -64,17 +64,19 @@ def hoist(transformer: Any, order: Callable[[], tuple[torch.Tensor, torch.Tensor
     """
 
     def embedded(module: torch.nn.Module, args: tuple[Any, ...], patches: torch.Tensor) -> torch.Tensor:
-        return patches.flatten(2).index_select(2, order()[0]).view(patches.shape)
+        return patches.flatten(2).index_select(2, order()[0].to(patches.device)).view(patches.shape)
 
     def rotary(module: torch.nn.Module, args: tuple[Any, ...], tables: Any) -> Any:
         return tuple(table.index_select(1, order()[0].to(table.device)) for table in tables)
 
     def conditioned(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        per_token = output[1].ndim == 3
-        return (output[0], output[1].index_select(1, order()[0]), *output[2:]) if per_token else output
+        embedding, projection, *others = output
+        if projection.ndim != 3:  # one timestep for all tokens
+            return output
+        return embedding, projection.index_select(1, order()[0].to(projection.device)), *others
 
     def back(module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (args[0].index_select(1, order()[1]), *args[1:])
+        return (args[0].index_select(1, order()[1].to(args[0].device)), *args[1:])
 
     hooks = [
         transformer.patch_embedding.register_forward_hook(embedded),

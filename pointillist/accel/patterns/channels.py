@@ -1,6 +1,6 @@
-"""Scores on a few channels: an option of patterns that rank by products of queries and keys (Double Sparsity).
+"""Scores on a few channels: an option of patterns that multiply many queries and keys to choose (Double Sparsity).
 
-Which channels matter is a property of a head, so they are calibrated once in a generation and kept.
+Which channels matter is a property of a head, so they are found once in a generation and kept.
 """
 
 import torch
@@ -8,16 +8,12 @@ import torch
 from pointillist.accel.patterns.pattern import Call
 
 
-def on_channels(call: Call, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The video's q and k [B, H, N, D], or only `count` of their channels [B, H, N, count]; 0 is all.
-
-    Scores over fewer channels are smaller in size only where the dropped ones would have added: no rescaling.
-    """
-    q, k = call.video_q, call.video_k
+def on_channels(call: Call, q: torch.Tensor, k: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`count` of the channels of q and k [B, H, n, D], those of the largest mean |q| · mean |k|; 0 is all."""
     if not 0 < count < q.shape[-1]:
         return q, k
     if "channels" not in call.memory:
         weight = q.float().abs().mean(2) * k.float().abs().mean(2)
         call.memory["channels"] = weight.topk(count, dim=-1).indices.sort(-1).values
-    chosen = call.memory["channels"][:, :, None].expand(-1, -1, q.shape[2], -1)
-    return q.gather(-1, chosen), k.gather(-1, chosen)
+    chosen = call.memory["channels"][:, :, None]
+    return q.gather(-1, chosen.expand(-1, -1, q.shape[2], -1)), k.gather(-1, chosen.expand(-1, -1, k.shape[2], -1))

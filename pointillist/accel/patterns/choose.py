@@ -53,7 +53,7 @@ def choose(
     if rule == "above":
         z = float(torch.special.ndtri(torch.tensor(1.0 - density, dtype=torch.float64)))
         return above(scores, z) | (ranked == float("inf"))
-    if rule == "row" and keys.bounds.shape[:2] == (1, 1):
+    if rule == "row" and keys.even:
         return top_k(ranked, tiles_kept(density, keys.count)) & (ranked > float("-inf"))
     area = queries.sizes[..., None] * keys.sizes[..., None, :]
     if rule == "row":

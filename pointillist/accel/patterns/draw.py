@@ -43,7 +43,7 @@ def kept_tokens(pattern: Pattern, grid: Grid, block: int) -> tuple[torch.Tensor,
     q = q + 0.3 * torch.randn(q.shape, generator=generator)
     call = Call(q, q, q, 0.4, grid, whole_video(grid), block)
     pattern.prepare(call, q)
-    laid = lay_out([(Group(pattern), select(pattern.at_step(0), call))], call)
+    laid = lay_out([(Group(pattern), select(Group(pattern), call))], call)
     return laid.layout.token_mask(1, 1)[0, 0], float(laid.density)
 
 

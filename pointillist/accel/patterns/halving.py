@@ -1,4 +1,4 @@
-"""Clusters of equal size: an option of `semantic`, for kernels that want blocks of one size (ClusterAttention).
+"""Clusters of equal size, give or take one token: an option of `semantic` (ClusterAttention).
 
 Tokens are halved again and again, each part across the direction of its largest variance. They come out less alike than
 those of k-means: in the embedded model 0.52 of the queries' variance is left within 35 of them, there 0.45. On a CPU

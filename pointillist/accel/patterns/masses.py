@@ -10,7 +10,6 @@ those that need more (AdaSpa's head-adaptive sparsity).
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
@@ -25,7 +24,6 @@ GOOD_RECALL = 0.8
 
 @dataclass(frozen=True)
 class Masses(Pattern):
-    CALIBRATES: ClassVar[bool] = True
     density: float
     order: str = "frames"
     """Of the blocks."""

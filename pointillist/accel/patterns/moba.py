@@ -102,7 +102,7 @@ def chunks_of(kind: str, grid: Grid, block: int, tokens: int, device: torch.devi
     order, first_frame = chunk.argsort(stable=True)[None, None].to(device), None if grid[0] > 1 else 0
     name = "thw" if kind == "frames" else ""
     queries, keys = (
-        Blocks(order, bounds.int()[None, None].to(device), int(bounds.diff().max()), first, name=name)
+        Blocks(order, bounds.int()[None, None].to(device), int(bounds.diff().max()), first, even=True, name=name)
         for bounds, first in ((torch.cat([ends.new_zeros(1), ends]), first_frame), (starts, None))
     )
     return Chunks(queries, keys, (of_piece[:, None] == torch.arange(len(sizes))).to(device))

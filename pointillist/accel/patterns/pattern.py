@@ -9,9 +9,9 @@ from typing import Any, ClassVar, Self
 
 import torch
 
-from pointillist.accel.blocks import Blocks, places_in
+from pointillist.accel.blocks import Blocks, block_means, blocks_in, places_in
 from pointillist.accel.tiles import Grid, Segment
-from pointillist.kernels import BlockLayout, Means, block_sparse_attention
+from pointillist.kernels import BlockLayout, Means, block_sparse_attention, pool_blocks
 
 LSE_BLOCK = 256
 """Queries in a block where everything is computed."""
@@ -77,6 +77,22 @@ class Call:
     def video_v(self) -> torch.Tensor:
         return self._video(self.v, without_padding(self.segments))
 
+    def means_of_q(self, blocks: Blocks) -> torch.Tensor:
+        """float32 or wider [B, H, n, D]: the mean query of every block. Hoisted tokens need not be put back for it."""
+        return self._means(self.q, self.segments, blocks)
+
+    def means_of_k(self, blocks: Blocks) -> torch.Tensor:
+        return self._means(self.k, without_padding(self.segments), blocks)
+
+    def _means(self, x: torch.Tensor, segments: tuple[Segment, ...], blocks: Blocks) -> torch.Tensor:
+        if not self.hoist or blocks.name != self.hoist:
+            return block_means(self._video(x, segments), blocks)
+        if blocks.order is not blocks_in(self.hoist, self.grid, self.block, x.device).order:
+            return block_means(self._video(x, segments), blocks)
+        video = video_of(segments)
+        x = x[:, :, video.start : video.stop].to(torch.promote_types(x.dtype, torch.float32))
+        return pool_blocks(x, blocks.bounds)[0]
+
     @cached_property
     def video_lse(self) -> torch.Tensor:
         """`lse` [B, H, N] of the video's queries, over all keys."""
@@ -129,14 +145,11 @@ class Pattern:
     SIZES: ClassVar[tuple[str, ...]] = ("density",)
     STATIC: ClassVar[bool] = False
     """`select` looks at nothing but grid, segments, block and device: its result is cached."""
-    CALIBRATES: ClassVar[bool] = False
-    """`prepare` wants to see the last dense step."""
-    WEIGHTS: ClassVar[tuple[str, ...]] = ()
-    """Trained tensors that the method has in a checkpoint, by their names inside the attention module."""
     HIDDEN_STATES: ClassVar[bool] = False
     """`call.hidden_states` is needed."""
-    IN_SEQUENCE: ClassVar[bool] = False
-    """`prepare` or `finish` work on tokens as they lie in the sequence, which must be that of the grid."""
+    ADDS: ClassVar[bool] = False
+    """`finish` adds a part of its own to the output: tokens must lie as in the grid, and what a dense step lost is not
+    what `tails.py` would add."""
     TAIL: ClassVar[str] = "pooled"
     """The tail in a plan that does not say which."""
 
@@ -199,7 +212,7 @@ class Pattern:
         """The pattern's name in plans: that of its file."""
         return re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
 
-    def at_step(self, step: int) -> Self:
+    def at_step(self, step: int, grid: Grid) -> Self:
         """The pattern in one denoising step, for those that change over the steps but look at no q or k."""
         return self
 

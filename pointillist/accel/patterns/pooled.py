@@ -5,8 +5,7 @@ it costs (Jenga; Sol-Attn). Ranking by the whole mass, with + ln n, would favour
 than the density asks for.
 
 Its options make other methods of it: `order="gilbert"` is Jenga, `rule="above"` Sol-Attn's threshold, `rule="head"`
-over frames' patches DraftAttention, `similarity` SpargeAttn's guard for blocks whose mean says little, `sub_block`
-DFSAttn's finer means, `channels` Double Sparsity's cheaper scores.
+over frames' patches DraftAttention, `similarity` SpargeAttn's guard for blocks whose mean says little.
 """
 
 from dataclasses import dataclass
@@ -14,7 +13,6 @@ from dataclasses import dataclass
 import torch
 
 from pointillist.accel.blocks import BLOCK_ORDERS, Blocks, block_means, blocks_in
-from pointillist.accel.patterns.channels import on_channels
 from pointillist.accel.patterns.choose import RULES, choose, tiles_kept
 from pointillist.accel.patterns.pattern import Call, Pattern, Selection, check_choice, check_range
 
@@ -32,15 +30,12 @@ class Pooled(Pattern):
     similarity: float = -1.0
     """Blocks whose tokens' mean cosine similarity is not above it are seen by all and see all (SpargeAttn, stage 1;
     there −0.1 to 0.6). They come on top of the density. −1 is off."""
-    channels: int = 0
-    """Score on so many channels, those with the largest |q̄|·|k̄| (Double Sparsity); 0 is all."""
 
     def __post_init__(self) -> None:
         check_choice("order", self.order, BLOCK_ORDERS)
         check_choice("rule", self.rule, RULES)
         check_range("recall", self.recall, 0, 1)
         check_range("similarity", self.similarity, -1, 1)
-        check_range("channels", self.channels, 0, 4096)
 
     def select(self, call: Call) -> Selection:
         blocks = blocks_in(self.order, call.grid, call.block, call.device)
@@ -55,8 +50,7 @@ class Pooled(Pattern):
 
     def _scores(self, call: Call, blocks: Blocks) -> torch.Tensor:
         """Log masses per token [B, H, n, n]."""
-        q, k = on_channels(call, self.channels)
-        return block_means(q, blocks) @ block_means(k, blocks).transpose(-1, -2) * call.scale
+        return call.means_of_q(blocks) @ call.means_of_k(blocks).mT * call.scale
 
 
 def self_similarity(x: torch.Tensor, blocks: Blocks) -> torch.Tensor:

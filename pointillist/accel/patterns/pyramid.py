@@ -46,6 +46,8 @@ class Pyramid(Sampled):
         check_range("growth", self.growth, 2, 64)
         check_range("share", self.share, 0, 1)
         check_choice("rest", self.rest, ("mean", "none"))
+        if self.levels == 0 and self.rest == "none":
+            raise ValueError("levels is 0 and rest is 'none': a pyramid without means; use the pattern sampled")
 
     def select(self, call: Call) -> Selection:
         blocks = blocks_in(self.order, call.grid, call.block, call.device)

@@ -1,26 +1,32 @@
-"""`random`: tiles at random, their own among them. What a pattern is worth shows beside this one at equal density."""
+"""`random`: blocks at random, the own one among them, others in every layer, head and step.
+
+What a pattern is worth shows beside this one at equal density.
+"""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
 from pointillist.accel.blocks import blocks_in
-from pointillist.accel.patterns.choose import choose
-from pointillist.accel.patterns.pattern import Call, Pattern, Selection
+from pointillist.accel.patterns.choose import choose, tiles_kept
+from pointillist.accel.patterns.pattern import Call, Pattern, Selection, check_range
 
 
 @dataclass(frozen=True)
 class Random(Pattern):
-    STATIC: ClassVar[bool] = True
     density: float
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        check_range("seed", self.seed, 0, 2**31)
+
     def select(self, call: Call) -> Selection:
-        blocks = blocks_in("tiles", call.grid, call.block, call.device)
-        drawn = torch.rand(1, 1, blocks.count, blocks.count, generator=torch.Generator().manual_seed(self.seed))
-        mask = choose(drawn.to(call.device), blocks, blocks, self.density)
-        return Selection(blocks, blocks, mask, int(mask.sum()))
+        blocks = blocks_in("frames", call.grid, call.block, call.device)
+        seed = self.seed + 1_000_003 * call.layer + 10_007 * call.step + (call.heads[0] if call.heads else 0)
+        generator = torch.Generator(call.device).manual_seed(seed)
+        shape = (1, call.q.shape[1], blocks.count, blocks.count)
+        mask = choose(torch.rand(shape, device=call.device, generator=generator), blocks, blocks, self.density)
+        return Selection(blocks, blocks, mask, mask.numel() // blocks.count * tiles_kept(self.density, blocks.count))
 
 
 if __name__ == "__main__":

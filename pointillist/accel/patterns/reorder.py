@@ -8,7 +8,6 @@ of blocks with the most softmax mass in that order are kept from then on.
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar
 
 import torch
 
@@ -38,7 +37,6 @@ WEIGHTS_AT_ONCE = 2**25
 
 @dataclass(frozen=True)
 class Reorder(Pattern):
-    CALIBRATES: ClassVar[bool] = True
     density: float
     alpha: float = 0.5
     """How much it counts that blocks are sparse; the rest counts that they are even, as quantisation wants them."""

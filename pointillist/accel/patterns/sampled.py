@@ -15,6 +15,7 @@ from functools import lru_cache
 import torch
 
 from pointillist.accel.blocks import BLOCK_ORDERS, blocks_in
+from pointillist.accel.patterns.channels import on_channels
 from pointillist.accel.patterns.choose import RULES, choose
 from pointillist.accel.patterns.pattern import Call, Pattern, Selection, check_choice, check_range
 from pointillist.accel.tiles import Grid
@@ -34,8 +35,10 @@ class Sampled(Pattern):
     """If above 0, every query block keeps the fewest blocks with this share of its estimated softmax mass, whatever the
     density (LoSA: 0.99; ZipVL)."""
     samples: int = 16
-    """Tokens of a block; blocks that have no more are taken whole. In the embedded model 32 cost three times as much and
-    choose hardly better."""
+    """Tokens of a block; blocks that have no more are taken whole. In the embedded model 32 cost three times as much
+    and choose hardly better."""
+    channels: int = 0
+    """Score on so many channels, those of the largest |q|·|k| (Double Sparsity); 0 is all."""
     reduce: str = "max"
     """Of the attention of a pair's samples: `max`, or `mean`."""
 
@@ -44,6 +47,7 @@ class Sampled(Pattern):
         check_choice("rule", self.rule, RULES)
         check_range("recall", self.recall, 0, 1)
         check_range("samples", self.samples, 1, 4096)
+        check_range("channels", self.channels, 0, 4096)
         check_choice("reduce", self.reduce, ("max", "mean"))
 
     def select(self, call: Call) -> Selection:
@@ -56,6 +60,7 @@ class Sampled(Pattern):
         chosen, valid = sample(self.order, call.grid, call.block, self.samples, call.device)
         wide = torch.promote_types(call.q.dtype, torch.float32)
         q, k = (x[:, :, chosen.flatten()].to(wide) for x in (call.video_q, call.video_k))
+        q, k = on_channels(call, q, k, self.channels)
         (batch, heads), (count, width) = q.shape[:2], chosen.shape
         full = width <= smallest_block(self.order, call.grid, call.block)
         step = max(1, SCORES_AT_ONCE // (batch * heads * chosen.numel() * width))

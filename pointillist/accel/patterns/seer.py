@@ -11,7 +11,6 @@ same order.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
@@ -25,7 +24,6 @@ GATES = ("attn_gate_q.weight", "attn_gate_k.weight")
 
 @dataclass(frozen=True)
 class Seer(Pattern):
-    WEIGHTS: ClassVar[tuple[str, ...]] = GATES
     density: float
     order: str = "frames"
     """Of the blocks."""

@@ -13,7 +13,6 @@ with tokens of its own would take 0.15 to 0.2 of all pairs in the embedded model
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar
 
 import torch
 
@@ -32,7 +31,6 @@ SCORES_AT_ONCE = 2**25
 
 @dataclass(frozen=True)
 class Semantic(Pattern):
-    CALIBRATES: ClassVar[bool] = True
     density: float
     query_clusters: int = 0
     """0: as many as there are blocks, and at least 8 (the paper: 300 for 75 600 tokens)."""

@@ -15,7 +15,6 @@ from pointillist.accel.patterns.pattern import Call, Pattern, Selection, video_o
 @dataclass(frozen=True)
 class Skip(Pattern):
     STATIC: ClassVar[bool] = True
-    CALIBRATES: ClassVar[bool] = True
     TAIL: ClassVar[str] = "none"
     density: float
     """Means nothing: no pair is kept."""

@@ -27,9 +27,8 @@ MARGINAL = "sla: marginal pairs"
 
 @dataclass(frozen=True)
 class Sla(Pattern):
-    WEIGHTS: ClassVar[tuple[str, ...]] = (PROJECTION, BIAS)
     TAIL: ClassVar[str] = "none"
-    IN_SEQUENCE: ClassVar[bool] = True
+    ADDS: ClassVar[bool] = True
     density: float
     order: str = "frames"
     """Of the blocks."""
@@ -56,10 +55,8 @@ class Sla(Pattern):
         found = trained(call, "sla", (PROJECTION,), "top-k alone")
         if found is None:
             return out
-        if MARGINAL not in call.memory:  # the choice is another layer's
-            self.select(call)
         blocks = blocks_in(self.order, call.grid, call.block, call.device)
-        linear = over_pairs(call, blocks, call.memory[MARGINAL]).to(torch.promote_types(out.dtype, torch.float32))
+        linear = over_pairs(call, blocks, call.memory.pop(MARGINAL)).to(torch.promote_types(out.dtype, torch.float32))
         weight, bias, dim = found[0].to(linear.dtype), call.weights.get(BIAS), out.shape[-1]
         check_shape(PROJECTION, weight, (dim, dim))
         projected = linear @ weight.mT

@@ -51,8 +51,8 @@ class Tile(Pattern):
             window += Neighborhood.at_density(share, image, block=block, order="frames").size
         return cls(window=window, references=references, **options)
 
-    def at_step(self, step: int) -> Self:
-        return replace(self, offset=self.offset + step) if self.rotate else self
+    def at_step(self, step: int, grid: Grid) -> Self:
+        return replace(self, offset=(self.offset + step) % grid[0]) if self.rotate else self
 
     def select(self, call: Call) -> Selection:
         blocks = blocks_in("frames", call.grid, call.block, call.device)

@@ -25,10 +25,9 @@ GATE, BIAS = "to_gate_compress.weight", "to_gate_compress.bias"
 
 @dataclass(frozen=True)
 class Vsa(Pattern):
-    WEIGHTS: ClassVar[tuple[str, ...]] = (GATE, BIAS)
     HIDDEN_STATES: ClassVar[bool] = True
     TAIL: ClassVar[str] = "none"
-    IN_SEQUENCE: ClassVar[bool] = True
+    ADDS: ClassVar[bool] = True
     density: float
     order: str = "tiles"
     """Of the blocks; `tiles` are the cubes of the paper."""

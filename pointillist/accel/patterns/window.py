@@ -12,7 +12,7 @@ import torch
 from pointillist.accel.blocks import BLOCK_ORDERS, Blocks, blocks_in
 from pointillist.accel.orders import places_of
 from pointillist.accel.patterns.choose import choose
-from pointillist.accel.patterns.pattern import Call, Pattern, Selection, check_choice
+from pointillist.accel.patterns.pattern import Call, Pattern, Selection, check_choice, check_range
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Window(Pattern):
 
     def __post_init__(self) -> None:
         check_choice("order", self.order, BLOCK_ORDERS)
+        check_range("frame_weight", self.frame_weight, 0, 1000)
 
     def select(self, call: Call) -> Selection:
         blocks = blocks_in(self.order, call.grid, call.block, call.device)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pattern_checks import laid_out, make_call, selected, video_mask
-from pointillist.accel.layouts import Group, select, sub_call
+from pointillist.accel.layouts import Group, sub_call
 from pointillist.accel.patterns.pooled import Pooled
 from pointillist.accel.patterns.seer import Seer
 
@@ -85,7 +85,7 @@ def test_some_heads_have_their_own_gates():
     pattern = Seer(0.3)
     together = selected(pattern, call).mask
     own = sub_call(Group(pattern, (2, 0)), replace(call, memory={}))
-    assert torch.equal(select(pattern, own).mask, together[:, [2, 0]])
+    assert torch.equal(pattern.select(own).mask, together[:, [2, 0]])
 
 
 def test_gates_of_another_shape_are_refused():

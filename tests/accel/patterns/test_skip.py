@@ -32,7 +32,7 @@ def test_it_keeps_nothing_and_asks_for_no_tail():
 def test_a_skipped_head_is_0_and_leaves_the_others_alone(tail):
     call = make_call(GRID)
     groups = Group(Skip(0.5), (1,)), Group(Window(0.3), (0, 2))
-    laid = lay_out([(group, select(group.pattern, sub_call(group, call))) for group in groups], call)
+    laid = lay_out([(group, select(group, call)) for group in groups], call)
     out = attend(call, laid, tail, {})
     assert (out[:, 1] == 0).all()
     alone = attend(call, laid_out(Window(0.3), call), tail, {})

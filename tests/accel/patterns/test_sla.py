@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pattern_checks import laid_out, make_call, selected, video_mask
-from pointillist.accel.layouts import Group, lay_out, select, sub_call
+from pointillist.accel.layouts import Group, lay_out, sub_call
 from pointillist.accel.patterns.sla import Sla
 from pointillist.accel.tails import attend
 from pointillist.accel.tiles import Segment
@@ -108,17 +108,10 @@ def test_some_heads_alone():
     _, together = run(pattern, call)
     group = Group(pattern, (2, 0))
     own = sub_call(group, replace(call, memory={}))
-    part = select(pattern, own)
+    part = pattern.select(own)
     laid = lay_out([(Group(pattern), part)], own)
     alone = pattern.finish(own, attend(own, laid, "none", own.memory))
     torch.testing.assert_close(alone, together[:, [2, 0]])
-
-
-def test_a_choice_of_another_layer_is_served():
-    """With a plan's `reuse_layers`, `finish` comes without `select`."""
-    call = make_call((3, 6, 7), smooth=2, weights={"proj_l.weight": torch.randn(16, 16)})
-    sparse, out = run(Sla(0.3), call)
-    assert torch.equal(Sla(0.3).finish(replace(call, memory={}), sparse), out)
 
 
 def test_a_projection_of_another_shape_is_refused():

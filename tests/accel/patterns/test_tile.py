@@ -85,16 +85,16 @@ def test_references_rotate_with_the_step():
     grid = (6, 3, 4)
     call = make_call(grid, batch=1, heads=1, block=4)
     pattern = Tile(1.0, 2, rotate=True)
-    assert pattern.at_step(3) == pattern.at_step(3)
+    assert pattern.at_step(3, call.grid) == pattern.at_step(3, call.grid)
     for step in range(7):
         expected = frames_seen(grid, 1.0, 2, step)
-        assert_covers(pattern.at_step(step), call, expected)
-    masks = [selected(pattern.at_step(step), call).mask for step in range(3)]
+        assert_covers(pattern.at_step(step, call.grid), call, expected)
+    masks = [selected(pattern.at_step(step, call.grid), call).mask for step in range(3)]
     assert not torch.equal(masks[0], masks[1])
     seen = torch.stack(masks).any(0)
     assert seen.all(), "in as many steps as there are frames between references, every frame has been one"
     still = Tile(1.0, 2)
-    assert still.at_step(5) is still
+    assert still.at_step(5, call.grid) is still
 
 
 @pytest.mark.parametrize("wrong", [{"offset": -1}, {"rotate": 1}])

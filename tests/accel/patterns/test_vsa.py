@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pattern_checks import laid_out, make_call, selected
-from pointillist.accel.layouts import Group, lay_out, select, sub_call
+from pointillist.accel.layouts import Group, lay_out, sub_call
 from pointillist.accel.patterns.vsa import Vsa
 from pointillist.accel.tails import attend
 from pointillist.accel.tiles import Segment
@@ -77,7 +77,7 @@ def test_some_heads_have_their_part_of_the_gate():
     pattern = Vsa(0.3)
     _, together = run(pattern, call)
     own = sub_call(Group(pattern, (2, 0)), replace(call, memory={}))
-    laid = lay_out([(Group(pattern), select(pattern, own))], own)
+    laid = lay_out([(Group(pattern), pattern.select(own))], own)
     alone = pattern.finish(own, attend(own, laid, "none", own.memory))
     torch.testing.assert_close(alone, together[:, [2, 0]])
 
