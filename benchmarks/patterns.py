@@ -146,13 +146,13 @@ def recorded() -> Iterator[list[Call]]:
 
 
 @torch.inference_mode()
-def measure_sites() -> None:
+def measure_sites(densities: tuple[float, ...]) -> None:
     """Relative error of the output, selection share and speed-up of every variant, density and tail."""
     record()
     results = Results("patterns_sites")
     sites = list(recorded())
     dense = [[_dense(call) for call in calls] for calls in sites]
-    for density in DENSITIES:
+    for density in densities:
         for label, name, options in variants():
             for tail in ("none", "pooled", *(OTHER_TAILS if label in TAILS_SHOWN else ())):
                 key = f"{label} | {density:g} | {tail}"
@@ -277,23 +277,23 @@ def best_variants(density: float, count: int) -> list[str]:
 
 
 def tables() -> str:
-    """The results as Markdown: one table for sites at 0.3 and 0.1, one for clips."""
+    """The results as Markdown: one table for sites, by wished density, one for clips."""
     sites, clips = Results("patterns_sites").entries, Results("patterns_clips").entries
     lines = [
-        "| pattern | error, no tail | pooled tail | worst site | choosing | speed-up | error at 0.1 | speed-up |",
-        "|---|---|---|---|---|---|---|---|",
+        "| pattern | density | error, no tail | pooled tail | worst site | choosing | speed-up |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for label in sorted(
-        {key.split(" | ")[0] for key in sites},
-        key=lambda label: sites.get(f"{label} | 0.3 | pooled", {"error": 9})["error"],
-    ):
-        none, pooled, low = (sites.get(f"{label} | {cell}") for cell in ("0.3 | none", "0.3 | pooled", "0.1 | pooled"))
-        if none and pooled and low:
-            lines.append(
-                f"| {label} | {none['error']:.3f} | {pooled['error']:.3f} | {pooled['worst_error']:.3f} "
-                f"| {pooled['selection_share']:.0%} | {pooled['speedup']:.2f}× "
-                f"| {low['error']:.3f} | {low['speedup']:.2f}× |"
-            )
+    of_sites: dict[str, dict[str, Any]] = {}
+    for key, entry in sites.items():
+        label, density, tail = key.split(" | ")
+        of_sites.setdefault(f"{density} {label}", {})[tail] = entry
+    complete = {key: each for key, each in of_sites.items() if {"none", "pooled"} <= set(each)}
+    for key in sorted(complete, key=lambda key: (-float(key.split(" ")[0]), complete[key]["pooled"]["error"])):
+        none, pooled = complete[key]["none"], complete[key]["pooled"]
+        lines.append(
+            f"| {key.partition(' ')[2]} | {pooled['density']:.2f} | {none['error']:.3f} | {pooled['error']:.3f} "
+            f"| {pooled['worst_error']:.3f} | {pooled['selection_share']:.0%} | {pooled['speedup']:.2f}× |"
+        )
     lines += [
         "",
         "| pattern | density | prompts | PSNR, median | PSNR, worst | SSIM, median |",
@@ -319,13 +319,13 @@ def main() -> None:
     parser.add_argument("command", choices=("record", "sites", "clips", "table"))
     parser.add_argument("--only", action="append", help="clips: these variants, by their labels")
     parser.add_argument("--prompts", type=int, help="clips: so many, instead of 2 and then 8 for the best six")
-    parser.add_argument("--density", type=float, action="append", help="clips: these, instead of 0.3 and 0.1")
+    parser.add_argument("--density", type=float, action="append", help="these, instead of all")
     args = parser.parse_args()
     RESULTS.mkdir(exist_ok=True)
     if args.command == "record":
         record()
     elif args.command == "sites":
-        measure_sites()
+        measure_sites(args.density or DENSITIES)
     elif args.command == "clips":
         measure_clips(args.prompts or 2, args.density or CLIP_DENSITIES, args.only or [each[0] for each in variants()])
         if not (args.only or args.prompts or args.density):
