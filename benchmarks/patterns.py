@@ -60,7 +60,6 @@ OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
     "semantic": ({"routing": "error"}, {"balanced": True}),
     "stripe": ({"by": "anchor"},),
     "masses": ({"head_budget": True},),
-    "skip": ({"reuse": True},),
     "grid": ({"spread": True},),
 }  # fmt: skip
 """Options worth a row of their own, beside each pattern's defaults."""
@@ -128,20 +127,8 @@ def recorded() -> Iterator[list[Call]]:
             calls = []
             for step in RECORDED_STEPS:
                 q, k, v = (file.get_tensor(f"{site}/{step}/{name}") for name in "qkv")
-                calls.append(
-                    Call(
-                        q,
-                        k,
-                        v,
-                        q.shape[-1] ** -0.5,
-                        grid,
-                        whole_video(grid),
-                        BLOCK,
-                        layer=layer,
-                        step=step,
-                        steps=STEPS,
-                    )
-                )
+                call = Call(q, k, v, q.shape[-1] ** -0.5, grid, whole_video(grid), BLOCK)
+                calls.append(replace(call, layer=layer, step=step, steps=STEPS))
             yield calls
 
 
@@ -177,19 +164,19 @@ def _measured(
         memory: dict[Any, Any] = {}
         first = replace(calls[0], memory=memory, notes=notes)
         pattern.prepare(sub_call(group, first), outputs[0])
-        laid = lay_out([_part(group, first)], first)
+        laid = lay_out([(group, select(group, first))], first)
         if tail == "rescaled":
-            remember_kept_mass(first, laid, outputs[0], memory)
+            remember_kept_mass(first, laid, outputs[0])
         if tail.endswith(RESIDUAL):
-            remember_loss(first, laid, outputs[0], tail.removesuffix(RESIDUAL), memory)
+            remember_loss(first, laid, outputs[0], tail.removesuffix(RESIDUAL))
         for call, expected in zip(calls[1:], outputs[1:], strict=True):
             call = replace(call, memory=memory, notes=notes)
             moments = [time.perf_counter()]
             _dense(call)
             moments.append(time.perf_counter())
-            laid = lay_out([_part(group, call)], call)
+            laid = lay_out([(group, select(group, call))], call)
             moments.append(time.perf_counter())
-            out = pattern.finish(sub_call(group, call), attend(call, laid, tail.removesuffix(RESIDUAL), memory))
+            out = pattern.finish(sub_call(group, call), attend(call, laid, tail.removesuffix(RESIDUAL)))
             moments.append(time.perf_counter())
             in_dense, selecting, attending = (b - a for a, b in itertools.pairwise(moments))
             errors.append(float((out - expected).norm() / expected.norm()))
@@ -204,10 +191,6 @@ def _measured(
         "speedup": round(statistics.median(speedups), 3),
         **({"notes": sorted(notes)} if notes else {}),
     }
-
-
-def _part(group: Group, call: Call) -> Any:
-    return group, select(group, call)
 
 
 def _dense(call: Call) -> torch.Tensor:

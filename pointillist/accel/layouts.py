@@ -9,7 +9,7 @@ import torch
 
 from pointillist.accel.blocks import Blocks, blocks_in, places_in
 from pointillist.accel.patterns import pattern_class
-from pointillist.accel.patterns.pattern import Call, Pattern, Selection, video_of, without_padding
+from pointillist.accel.patterns.pattern import Call, Pattern, Selection, index_of, video_of, without_padding
 from pointillist.accel.tiles import Grid, Segment
 from pointillist.kernels import BlockLayout, uniform_bounds
 
@@ -25,17 +25,11 @@ class Group:
     def index(self, device: torch.device) -> torch.Tensor:
         """int64 [heads]: their numbers, on the device."""
         assert self.heads is not None, "one group has all heads, and then there is no other"
-        return _index(self.heads, device)
+        return index_of(self.heads, device)
 
     def of(self, x: torch.Tensor) -> torch.Tensor:
         """These heads of x [B, H, …]."""
         return x if self.heads is None else x.index_select(1, self.index(x.device))
-
-
-@lru_cache(maxsize=4096)
-def _index(heads: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """A list as an index would be copied to the device, and waited for, at every use."""
-    return torch.tensor(heads).to(device)
 
 
 @dataclass(frozen=True)
@@ -94,11 +88,8 @@ def lay_out(
     """
     first_frame = call.grid[1] * call.grid[2] if dense_first_frame and call.grid[0] > 1 else 0
     static = key_lengths is None and all(group.pattern.STATIC for group, _ in parts)
-    if static:
-        return _static_layout(
-            tuple(parts), call.q.shape[1], call.grid, call.segments, call.block, call.hoist, first_frame
-        )
-    return _lay_out(
+    build = _static_layout if static else _lay_out
+    return build(
         tuple(parts), call.q.shape[1], call.grid, call.segments, call.block, call.hoist, first_frame, key_lengths
     )
 
@@ -115,20 +106,6 @@ def _static_selection(
 ) -> Selection:
     nothing = torch.empty(0, device=device)
     return pattern.select(Call(nothing, nothing, nothing, 1.0, grid, segments, block))
-
-
-@lru_cache(maxsize=64)
-def _static_layout(
-    parts: tuple[tuple[Group, Selection], ...],
-    heads: int,
-    grid: Grid,
-    segments: tuple[Segment, ...],
-    block: int,
-    hoist: str,
-    first_frame: int,
-) -> Laid:
-    """One layout for every call, so that its work lists are made once."""
-    return _lay_out(parts, heads, grid, segments, block, hoist, first_frame, None)
 
 
 def _lay_out(
@@ -168,6 +145,10 @@ def _lay_out(
     )
     uniform = queries.uniform and keys.uniform and not rows and not columns
     return Laid(replace(layout, uniform=uniform), density, parts)
+
+
+_static_layout = lru_cache(maxsize=64)(_lay_out)
+"""One layout for every call, so that its work lists are made once."""
 
 
 def _with_dense_rows(part: Selection, tokens: int, block: int) -> Selection:

@@ -45,6 +45,11 @@ class Rule:
         if self.options:
             _check_options(self.pattern, self.options)
 
+    @property
+    def kept(self) -> float:
+        """The share of the pairs that the head computes; for `dense` and `skip` the density says nothing."""
+        return {"dense": 1.0, "skip": 0.0}.get(self.pattern, self.density)
+
     def to_dict(self) -> dict[str, Any]:
         """As in a plan file."""
         options = {"options": dict(self.options)} if self.options else {}
@@ -79,7 +84,7 @@ class Plan:
     """`int8`, queries and keys of kept pairs in INT8, or `int8_fp8`, values in FP8 as well (PAROAttention; Sage)."""
     hoist: str = ""
     """An order of blocks (`blocks.BLOCK_ORDERS`) in which the tokens run through the whole transformer, so that
-    patterns in this order permute nothing in the layers (Jenga). Dense calls then differ by rounding."""
+    attention of patterns in this order permutes nothing in the layers (Jenga). Dense calls then differ by rounding."""
     reuse_layers: int = 1
     """Patterns that look at q and k choose anew on every n-th layer; those between keep its choice (TidalDecode)."""
     reuse_steps: int = 1

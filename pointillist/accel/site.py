@@ -111,13 +111,13 @@ class Site:
         plan, grid = self._runtime.plan, self._runtime.state.grid
         assert plan is not None and grid is not None, "a site runs inside a transformer call"
         rules = plan.rules(self._layer)
-        density = sum(rule.density for rule in rules if rule.pattern != "skip") / len(rules)
+        density = sum(rule.kept for rule in rules) / len(rules)
         reason = ""
         if tokens != math.prod(grid):
             reason = f"{tokens} tokens are not the grid {_text(grid)}"
         elif tokens < plan.min_tokens:
             reason = f"{tokens} tokens are fewer than {plan.min_tokens}, where sparse starts to pay"
-        elif all(rule.density == 1 and rule.pattern != "skip" for rule in rules):
+        elif density == 1:
             return None
         elif plan.break_even and density > BREAK_EVEN[self._runtime.backend(device)[0], plan.tail != "none"]:
             reason = f"density {density:.2f} is so high that sparse attention would not be faster"
@@ -154,7 +154,7 @@ class Site:
     def _sparse(self, plan: Plan, groups: tuple[Group, ...], call: Call) -> tuple[torch.Tensor, torch.Tensor]:
         """The output [B, S, H, D] and the density, 0-d."""
         laid = self._lay_out(plan, groups, call)
-        out = attend(call, laid, plan.tail, call.memory, plan.quantized)
+        out = attend(call, laid, plan.tail, plan.quantized)
         for group in groups:
             if _finishes(group.pattern):
                 finished = group.pattern.finish(sub_call(group, call), group.of(out))
@@ -173,9 +173,9 @@ class Site:
         if plan.tail == "rescaled" or plan.residual:
             laid = self._lay_out(plan, groups, call)
             if plan.tail == "rescaled":
-                remember_kept_mass(call, laid, out, call.memory)
+                remember_kept_mass(call, laid, out)
             if plan.residual:
-                remember_loss(call, laid, out, plan.tail, call.memory, plan.quantized)
+                remember_loss(call, laid, out, plan.tail, plan.quantized)
 
     def _lay_out(self, plan: Plan, groups: tuple[Group, ...], call: Call) -> Laid:
         parts = [(group, self._selection(plan, group, call)) for group in groups]

@@ -10,8 +10,6 @@
 Whatever the tail, a plan's `residual` adds what was still lost at the last dense step.
 """
 
-from typing import Any
-
 import torch
 
 from pointillist.accel.layouts import Laid, sub_call
@@ -29,41 +27,38 @@ from pointillist.kernels.layout import block_of_place
 from pointillist.kernels.pooling import in_order, pool_blocks, restore_order
 
 
-def attend(call: Call, laid: Laid, tail: str, memory: dict[Any, Any], quantized: str = "none") -> torch.Tensor:
+def attend(call: Call, laid: Laid, tail: str, quantized: str = "none") -> torch.Tensor:
     """Attention of all heads of a site over `laid`, with a tail: [B, H, S, D].
 
-    Args:
-        memory: of this site and branch. What `remember_loss` has put there is added, with a weight that falls from 1 at
-            the dense step to 0 behind the last one: what a step loses resembles the loss of the steps before it.
+    What `remember_loss` has put into the call's memory is added, with a weight that falls from 1 at the dense step to 0
+    behind the last one: what a step loses resembles the loss of the steps before it.
     """
-    out = _attend(call, laid, tail, memory, quantized)
-    if "lost output" not in memory:
+    out = _attend(call, laid, tail, quantized)
+    if "lost output" not in call.memory:
         return out
-    return out + memory["lost output"] * ((call.steps - call.step) / (call.steps - memory["lost at"]))
+    weight = (call.steps - call.step) / (call.steps - call.memory["lost at"])
+    return torch.add(out, call.memory["lost output"], alpha=weight)
 
 
-def remember_loss(
-    call: Call, laid: Laid, out: torch.Tensor, tail: str, memory: dict[Any, Any], quantized: str = "none"
-) -> None:
+def remember_loss(call: Call, laid: Laid, out: torch.Tensor, tail: str, quantized: str = "none") -> None:
     """Keep what `attend` loses of the output `out` [B, H, S, D] of a dense step: as much memory as q."""
-    memory.pop("lost output", None)
-    lost = out - _attend(call, laid, tail, memory, quantized)
-    memory["lost output"] = lost.masked_fill(~_has_tail(laid, call)[..., None], 0)
-    memory["lost at"] = call.step
+    lost = out - _attend(call, laid, tail, quantized)
+    call.memory["lost output"] = lost.masked_fill(~_has_tail(laid, call)[..., None], 0)
+    call.memory["lost at"] = call.step
 
 
-def remember_kept_mass(call: Call, laid: Laid, out: torch.Tensor, memory: dict[Any, Any]) -> None:
+def remember_kept_mass(call: Call, laid: Laid, out: torch.Tensor) -> None:
     """What the tail `rescaled` needs of a dense step whose output was `out` [B, H, S, D]."""
     sparse, lse = block_sparse_attention(
         call.q, call.k, call.v, laid.layout, call.scale, return_lse=True, backend=call.backend
     )
     has_tail = _has_tail(laid, call)
     kept = (lse - call.lse).exp().clamp(max=1).masked_fill(~has_tail, 1)[..., None]
-    memory["kept mass"] = kept
-    memory["rest"] = (out - kept.to(out.dtype) * sparse).masked_fill(~has_tail[..., None], 0)
+    call.memory["kept mass"] = kept
+    call.memory["rest"] = (out - kept.to(out.dtype) * sparse).masked_fill(~has_tail[..., None], 0)
 
 
-def _attend(call: Call, laid: Laid, tail: str, memory: dict[Any, Any], quantized: str) -> torch.Tensor:
+def _attend(call: Call, laid: Laid, tail: str, quantized: str) -> torch.Tensor:
     if tail == "pooled":
         return _with_means(call, laid, quantized)
     sparse = block_sparse_attention(
@@ -73,7 +68,7 @@ def _attend(call: Call, laid: Laid, tail: str, memory: dict[Any, Any], quantized
     if tail == "rectified":
         return _rectified(call, laid, sparse)
     if tail == "rescaled":
-        return _rescaled(call, sparse, memory)
+        return _rescaled(call, sparse)
     return sparse
 
 
@@ -166,8 +161,8 @@ def _mean_and_spread(
     return means, spread, counts
 
 
-def _rescaled(call: Call, sparse: torch.Tensor, memory: dict[Any, Any]) -> torch.Tensor:
-    if "kept mass" not in memory:
+def _rescaled(call: Call, sparse: torch.Tensor) -> torch.Tensor:
+    if "kept mass" not in call.memory:
         call.notes["tail none: rescaled has no dense step to remember"] += 1
         return sparse
-    return (memory["kept mass"] * sparse + memory["rest"]).to(sparse.dtype)
+    return (call.memory["kept mass"] * sparse + call.memory["rest"]).to(sparse.dtype)

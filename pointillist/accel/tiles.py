@@ -1,8 +1,8 @@
 """Cuts a token sequence into blocks that are compact in the video, not in the sequence.
 
-A local token order is worth about 1.5 dB over raster order at equal density (DFSAttn): the keys of a compact
-block resemble each other, so their mean speaks for them. Tiles are the cells of a balanced k-d tree: equally large,
-so that none is padded, and near-cubic.
+The keys of a compact block resemble each other, so their mean speaks for them: DFSAttn measures 1.5 dB over runs of the
+sequence. (In the embedded model tiles within a frame are better than those, and tiles across frames worse.) Tiles are
+the cells of a balanced k-d tree: equally large, so that none is padded, and near-cubic.
 """
 
 import math

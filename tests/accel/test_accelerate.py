@@ -10,6 +10,7 @@ from diffusers import FirstBlockCacheConfig, FlowMatchEulerDiscreteScheduler
 
 from conftest import make_pipe, make_transformer
 from pointillist import AccelerateError, Plan, PlanError, accelerate
+from pointillist.accel.plan import Rule
 from pointillist.accel.run_state import RunState
 from pointillist.accel.tiles import frame_tiles_of
 from pointillist.kernels import pool_blocks
@@ -34,6 +35,12 @@ def test_plan_none_and_density_one_equal_dense(pipe, run):
         with accelerate(pipe, plan) as handle:
             assert torch.equal(run(pipe), dense)
             assert handle.report().density is None and handle.report().density_overall == 1.0
+
+
+def test_a_dense_rule_is_dense_whatever_its_density(pipe, run):
+    dense = run(pipe)
+    with accelerate(pipe, Plan("mine", ((Rule("dense", 0.3),),))) as handle:
+        assert torch.equal(run(pipe), dense) and not handle.report().fallbacks
 
 
 def masked_attention_processor(block: int, density: float):

@@ -116,12 +116,12 @@ def test_every_pattern_computes_with_every_tail(name, tail):
     call = make_call(grid, segments=(Segment("video", 0, 126), Segment("text", 126, 9)))
     pattern = pattern_of(name, 0.3, grid, segments=call.segments)
     laid = laid_out(pattern, call)
-    out = attend(call, laid, tail, call.memory)
+    out = attend(call, laid, tail)
     out = pattern.finish(sub_call(Group(pattern), call), out)
     assert out.shape == call.q.shape and out.isfinite().all()
     flat = replace(call, q=torch.zeros_like(call.q), k=torch.zeros_like(call.k), v=torch.ones_like(call.v), memory={})
     if name != "skip":
-        out = attend(flat, laid_out(pattern, flat), tail, flat.memory)
+        out = attend(flat, laid_out(pattern, flat), tail)
         torch.testing.assert_close(out, torch.ones_like(out))
 
 

@@ -63,18 +63,22 @@ def hoist(transformer: Any, order: Callable[[], tuple[torch.Tensor, torch.Tensor
         order: gives, on the running call's device, int64 [S] the token at each place, and the place of each token.
     """
 
+    @torch.compiler.disable
     def embedded(module: torch.nn.Module, args: tuple[Any, ...], patches: torch.Tensor) -> torch.Tensor:
         return patches.flatten(2).index_select(2, order()[0].to(patches.device)).view(patches.shape)
 
+    @torch.compiler.disable
     def rotary(module: torch.nn.Module, args: tuple[Any, ...], tables: Any) -> Any:
         return tuple(table.index_select(1, order()[0].to(table.device)) for table in tables)
 
+    @torch.compiler.disable
     def conditioned(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         embedding, projection, *others = output
         if projection.ndim != 3:  # one timestep for all tokens
             return output
         return embedding, projection.index_select(1, order()[0].to(projection.device)), *others
 
+    @torch.compiler.disable
     def back(module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (args[0].index_select(1, order()[1].to(args[0].device)), *args[1:])
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from pointillist.accel.blocks import BLOCK_ORDERS, Blocks, blocks_in
-from pointillist.accel.patterns.choose import RULES, choose, tiles_kept
+from pointillist.accel.patterns.choose import RULES, select_blocks
 from pointillist.accel.patterns.pattern import Call, Pattern, Selection, check_choice, check_range
 
 SCORES_AT_ONCE = 2**25
@@ -39,11 +39,7 @@ class Antidiagonal(Pattern):
         blocks = blocks_in(self.order, call.grid, block, call.device)
         masses = antidiagonal_masses(call, blocks, stride)
         scores = (masses / blocks.sizes[..., None, :]).log()
-        mask = choose(scores, blocks, blocks, self.density, self.rule)
-        pairs = mask.numel()
-        if self.rule == "row":
-            pairs = pairs // blocks.count * tiles_kept(self.density, blocks.count)
-        return Selection(blocks, blocks, mask, pairs)
+        return select_blocks(scores, blocks, self.density, self.rule)
 
 
 def antidiagonal_masses(call: Call, blocks: Blocks, stride: int) -> torch.Tensor:

@@ -13,7 +13,7 @@ The rules differ in how they share the budget of a head among its query blocks:
 import torch
 
 from pointillist.accel.blocks import Blocks
-from pointillist.accel.patterns.pattern import check_choice
+from pointillist.accel.patterns.pattern import Selection, check_choice
 from pointillist.kernels import above, top_k
 
 RULES = ("row", "mass", "hybrid", "head", "above")
@@ -22,6 +22,17 @@ RULES = ("row", "mass", "hybrid", "head", "above")
 def tiles_kept(density: float, tiles: int) -> int:
     """The whole number of key tiles, at least 1, whose share of all tiles is nearest to `density`."""
     return min(tiles, max(1, round(density * tiles)))
+
+
+def select_blocks(
+    scores: torch.Tensor, blocks: Blocks, density: float, rule: str = "row", recall: float = 0.0
+) -> Selection:
+    """What `choose` keeps of pairs of the same blocks [B, H, n, n], every block itself among them."""
+    mask = choose(scores, blocks, blocks, density, rule, recall=recall)
+    pairs = mask.numel()
+    if rule == "row" and blocks.even and recall == 0:
+        pairs = pairs // blocks.count * tiles_kept(density, blocks.count)
+    return Selection(blocks, blocks, mask, pairs)
 
 
 def choose(
@@ -49,7 +60,7 @@ def choose(
     check_choice("rule", rule, RULES)
     ranked = _first(scores, own)
     if recall > 0:
-        return _mass_before(ranked, block_masses_of(scores, keys)) < recall
+        return mass_before(ranked, block_masses_of(scores, keys)) < recall
     if rule == "above":
         z = float(torch.special.ndtri(torch.tensor(1.0 - density, dtype=torch.float64)))
         return above(scores, z) | (ranked == float("inf"))
@@ -61,7 +72,7 @@ def choose(
     masses = block_masses_of(scores, keys)
     if rule == "head":
         return within_budget(_first(masses.masked_fill(scores == float("-inf"), float("-inf")), own), area, density)
-    before = _mass_before(ranked, masses)
+    before = mass_before(ranked, masses)
     if rule == "mass":
         return within_budget(-before, area, density)
     floor = within_budget(ranked, area, density / 2, per_row=True)
@@ -102,7 +113,7 @@ def _first(scores: torch.Tensor, own: bool | torch.Tensor) -> torch.Tensor:
     return scores
 
 
-def _mass_before(ranked: torch.Tensor, masses: torch.Tensor) -> torch.Tensor:
+def mass_before(ranked: torch.Tensor, masses: torch.Tensor) -> torch.Tensor:
     """The mass of all blocks of its row that rank above each one; +inf for those of rank −inf, −1 for those of +inf."""
     highest, order = ranked.sort(dim=-1, descending=True, stable=True)
     in_order = masses.gather(-1, order)

@@ -33,11 +33,6 @@ class Places:
     w: torch.Tensor
     grid: Grid
 
-    @property
-    def index(self) -> torch.Tensor:
-        """The token's number in the order of the sequence."""
-        return (self.t * self.grid[1] + self.h) * self.grid[2] + self.w
-
 
 class Geometric(Pattern):
     """A static pattern with one `size` in (0, 1] that its density grows with; 1 wants every pair.

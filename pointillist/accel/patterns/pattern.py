@@ -4,7 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, ClassVar, Self
 
 import torch
@@ -102,6 +102,12 @@ class Call:
         video = video_of(segments)
         x = x if video.length == x.shape[2] else x[:, :, video.start : video.stop]
         return x.index_select(2, places_in(self.hoist, self.grid, self.block, x.device)) if self.hoist else x
+
+
+@lru_cache(maxsize=4096)
+def index_of(heads: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """int64 [heads] on the device. A list as an index would be copied there, and waited for, at every use."""
+    return torch.tensor(heads).to(device)
 
 
 def video_of(segments: tuple[Segment, ...]) -> Segment:

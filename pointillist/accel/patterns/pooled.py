@@ -8,12 +8,12 @@ Its options make other methods of it: `order="gilbert"` is Jenga, `rule="above"`
 over frames' patches DraftAttention, `similarity` SpargeAttn's guard for blocks whose mean says little.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from pointillist.accel.blocks import BLOCK_ORDERS, Blocks, block_means, blocks_in
-from pointillist.accel.patterns.choose import RULES, choose, tiles_kept
+from pointillist.accel.patterns.choose import RULES, select_blocks
 from pointillist.accel.patterns.pattern import Call, Pattern, Selection, check_choice, check_range
 
 
@@ -39,18 +39,13 @@ class Pooled(Pattern):
 
     def select(self, call: Call) -> Selection:
         blocks = blocks_in(self.order, call.grid, call.block, call.device)
-        mask = choose(self._scores(call, blocks), blocks, blocks, self.density, self.rule, recall=self.recall)
-        pairs = mask.numel()
-        if self.rule == "row" and self.recall == 0:
-            pairs = pairs // blocks.count * tiles_kept(self.density, blocks.count)
+        scores = call.means_of_q(blocks) @ call.means_of_k(blocks).mT * call.scale  # log masses per token
+        selection = select_blocks(scores, blocks, self.density, self.rule, self.recall)
         if self.similarity > -1:
             loose_q, loose_k = (self_similarity(x, blocks) <= self.similarity for x in (call.video_q, call.video_k))
-            mask, pairs = mask | loose_q[..., None] | loose_k[..., None, :], mask.numel()
-        return Selection(blocks, blocks, mask, pairs)
-
-    def _scores(self, call: Call, blocks: Blocks) -> torch.Tensor:
-        """Log masses per token [B, H, n, n]."""
-        return call.means_of_q(blocks) @ call.means_of_k(blocks).mT * call.scale
+            mask = selection.mask | loose_q[..., None] | loose_k[..., None, :]
+            return replace(selection, mask=mask, pairs=mask.numel())
+        return selection
 
 
 def self_similarity(x: torch.Tensor, blocks: Blocks) -> torch.Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from pointillist.accel.blocks import blocks_in
-from pointillist.accel.patterns.choose import choose, tiles_kept
+from pointillist.accel.patterns.choose import select_blocks
 from pointillist.accel.patterns.pattern import Call, Pattern, Selection, check_range
 
 
@@ -25,8 +25,7 @@ class Random(Pattern):
         seed = self.seed + 1_000_003 * call.layer + 10_007 * call.step + (call.heads[0] if call.heads else 0)
         generator = torch.Generator(call.device).manual_seed(seed)
         shape = (1, call.q.shape[1], blocks.count, blocks.count)
-        mask = choose(torch.rand(shape, device=call.device, generator=generator), blocks, blocks, self.density)
-        return Selection(blocks, blocks, mask, mask.numel() // blocks.count * tiles_kept(self.density, blocks.count))
+        return select_blocks(torch.rand(shape, device=call.device, generator=generator), blocks, self.density)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import torch
 
 from pointillist.accel.blocks import BLOCK_ORDERS, blocks_in
 from pointillist.accel.patterns.channels import on_channels
-from pointillist.accel.patterns.choose import RULES, choose
+from pointillist.accel.patterns.choose import RULES, select_blocks
 from pointillist.accel.patterns.pattern import Call, Pattern, Selection, check_choice, check_range
 from pointillist.accel.tiles import Grid
 
@@ -52,17 +52,15 @@ class Sampled(Pattern):
 
     def select(self, call: Call) -> Selection:
         blocks = blocks_in(self.order, call.grid, call.block, call.device)
-        mask = choose(self._scores(call), blocks, blocks, self.density, self.rule, recall=self.recall)
-        return Selection(blocks, blocks, mask, mask.numel())
+        return select_blocks(self._scores(call), blocks, self.density, self.rule, self.recall)
 
     def _scores(self, call: Call) -> torch.Tensor:
         """The logarithm of the reduced attention [B, H, n, n], some query blocks at a time."""
-        chosen, valid = sample(self.order, call.grid, call.block, self.samples, call.device)
+        chosen, valid, full = sample(self.order, call.grid, call.block, self.samples, call.device)
         wide = torch.promote_types(call.q.dtype, torch.float32)
         q, k = (x[:, :, chosen.flatten()].to(wide) for x in (call.video_q, call.video_k))
         q, k = on_channels(call, q, k, self.channels)
         (batch, heads), (count, width) = q.shape[:2], chosen.shape
-        full = width <= smallest_block(self.order, call.grid, call.block)
         step = max(1, SCORES_AT_ONCE // (batch * heads * chosen.numel() * width))
         parts = []
         for first in range(0, count, step):
@@ -70,9 +68,8 @@ class Sampled(Pattern):
             logits = q[:, :, rows] @ k.mT * call.scale
             if not full:
                 logits = logits.masked_fill(~valid.flatten(), float("-inf"))
-            of_keys = logits.unflatten(
-                -1, (count, width)
-            )  # reduced before the softmax's sum is taken off: one pass less
+            # Reduced over keys before the softmax's sum is taken off: a pass over all scores less.
+            of_keys = logits.unflatten(-1, (count, width))
             of_keys = of_keys.amax(-1) if self.reduce == "max" else of_keys.logsumexp(-1)
             of_pairs = (of_keys - logits.logsumexp(-1, keepdim=True)).unflatten(2, (-1, width))
             of_pairs = of_pairs.masked_fill(~valid[first : first + step, :, None], float("-inf"))
@@ -85,21 +82,19 @@ class Sampled(Pattern):
 
 
 @lru_cache(maxsize=64)
-def sample(order: str, grid: Grid, block: int, samples: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """int64 [n, m], tokens of every block, evenly spaced; bool [n, m], false where a block has fewer than m."""
+def sample(
+    order: str, grid: Grid, block: int, samples: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    """int64 [n, m], tokens of every block, evenly spaced; bool [n, m], false where a block has fewer than m; and
+    whether none has."""
     blocks = blocks_in(order, grid, block, torch.device("cpu"))
     sizes, starts = blocks.bounds[0, 0].diff().long()[:, None], blocks.bounds[0, 0, :-1].long()[:, None]
     width = min(samples, blocks.largest)
     taken = sizes.clamp(max=width)
     number = torch.arange(width).expand(blocks.count, -1)
     place = starts + (2 * number.minimum(taken - 1) + 1) * sizes // (2 * taken)
-    return blocks.order[0, 0, place].to(device), (number < taken).to(device)
-
-
-@lru_cache(maxsize=64)
-def smallest_block(order: str, grid: Grid, block: int) -> int:
-    """Tokens of the smallest block."""
-    return int(blocks_in(order, grid, block, torch.device("cpu")).bounds.diff().min())
+    valid = number < taken
+    return blocks.order[0, 0, place].to(device), valid.to(device), bool(valid.all())
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 
 from pointillist.accel.blocks import BLOCK_ORDERS, Blocks, block_means, blocks_in
-from pointillist.accel.patterns.choose import RULES, choose, tiles_kept
-from pointillist.accel.patterns.pattern import Call, Pattern, Selection, check_choice
+from pointillist.accel.patterns.choose import RULES, select_blocks
+from pointillist.accel.patterns.pattern import Call, Pattern, Selection, check_choice, index_of
 from pointillist.accel.trained import check_shape, trained
 
 GATES = ("attn_gate_q.weight", "attn_gate_k.weight")
@@ -36,11 +36,7 @@ class Seer(Pattern):
 
     def select(self, call: Call) -> Selection:
         blocks = blocks_in(self.order, call.grid, call.block, call.device)
-        mask = choose(self._scores(call, blocks), blocks, blocks, self.density, self.rule)
-        pairs = mask.numel()
-        if self.rule == "row":
-            pairs = pairs // blocks.count * tiles_kept(self.density, blocks.count)
-        return Selection(blocks, blocks, mask, pairs)
+        return select_blocks(self._scores(call, blocks), blocks, self.density, self.rule)
 
     def _scores(self, call: Call, blocks: Blocks) -> torch.Tensor:
         """Logits of the gate [B, H, n, n]."""
@@ -58,7 +54,7 @@ def projected(call: Call, name: str, weight: torch.Tensor, x: torch.Tensor) -> t
     """x [B, H, n, F] through a weight [Dg, F], or [heads of the site, Dg, F]: [B, H, n, Dg]."""
     check_shape(name, weight, (None, x.shape[-1]), (call.q.shape[1] if call.heads is None else None, None, x.shape[-1]))
     if weight.ndim == 3 and call.heads is not None:
-        weight = weight[list(call.heads)]
+        weight = weight.index_select(0, index_of(call.heads, weight.device))
     return x @ weight.to(x.dtype).mT
 
 

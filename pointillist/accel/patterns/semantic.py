@@ -17,7 +17,7 @@ from functools import lru_cache
 import torch
 
 from pointillist.accel.blocks import Blocks, block_means
-from pointillist.accel.patterns.choose import RULES, block_masses_of, choose, within_budget
+from pointillist.accel.patterns.choose import RULES, block_masses_of, choose, mass_before, within_budget
 from pointillist.accel.patterns.halving import halves
 from pointillist.accel.patterns.pattern import Call, Pattern, Selection, check_choice, check_range
 from pointillist.kernels import k_means, pool_blocks
@@ -79,9 +79,7 @@ class Semantic(Pattern):
         area = queries.sizes[..., None] * keys.sizes[..., None, :]
         floor = within_budget(scores, area, min(self.floor, self.density), per_row=True)
         wanted = choose(scores, queries, keys, self.density, self.rule, own=False) | floor
-        order = scores.argsort(dim=-1, descending=True, stable=True)
-        masses = block_masses_of(scores, keys).gather(-1, order)
-        before = torch.empty_like(masses).scatter_(-1, order, masses.cumsum(-1) - masses)
+        before = mass_before(scores, block_masses_of(scores, keys))
         return floor, within_budget((floor.to(before) - before).masked_fill(~wanted, float("-inf")), area, self.density)
 
     def _cluster(self, call: Call) -> list[tuple[Blocks, torch.Tensor]]:

@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 
 from pointillist.accel.blocks import BLOCK_ORDERS, Blocks, block_means, blocks_in
-from pointillist.accel.patterns.choose import choose, tiles_kept
+from pointillist.accel.patterns.choose import select_blocks
 from pointillist.accel.patterns.pattern import Call, Pattern, Selection, check_choice, check_range
 from pointillist.accel.trained import added_to_video, check_shape, trained
 from pointillist.kernels import BlockLayout, linear_attention, top_k
@@ -46,10 +46,10 @@ class Sla(Pattern):
         k_means = block_means(call.video_k, blocks)
         k_mean = (k_means * blocks.sizes[..., None]).sum(2, keepdim=True) / blocks.order.shape[-1]
         scores = block_means(call.video_q, blocks) @ (k_means - k_mean).mT
-        mask = choose(scores, blocks, blocks, self.density)
+        selection = select_blocks(scores, blocks, self.density)
         if PROJECTION in call.weights:
-            call.memory[MARGINAL] = self._linear_pairs(scores, mask)
-        return Selection(blocks, blocks, mask, mask.numel() // blocks.count * tiles_kept(self.density, blocks.count))
+            call.memory[MARGINAL] = self._linear_pairs(scores, selection.mask)
+        return selection
 
     def finish(self, call: Call, out: torch.Tensor) -> torch.Tensor:
         found = trained(call, "sla", (PROJECTION,), "top-k alone")

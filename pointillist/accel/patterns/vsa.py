@@ -16,8 +16,8 @@ from typing import ClassVar
 import torch
 
 from pointillist.accel.blocks import BLOCK_ORDERS, Blocks, block_means, blocks_in
-from pointillist.accel.patterns.choose import choose, tiles_kept
-from pointillist.accel.patterns.pattern import Call, Pattern, Selection, check_choice, video_of
+from pointillist.accel.patterns.choose import select_blocks
+from pointillist.accel.patterns.pattern import Call, Pattern, Selection, check_choice, index_of, video_of
 from pointillist.accel.trained import added_to_video, check_shape, trained
 
 GATE, BIAS = "to_gate_compress.weight", "to_gate_compress.bias"
@@ -37,8 +37,7 @@ class Vsa(Pattern):
 
     def select(self, call: Call) -> Selection:
         blocks = blocks_in(self.order, call.grid, call.block, call.device)
-        mask = choose(coarse_scores(call, blocks), blocks, blocks, self.density)
-        return Selection(blocks, blocks, mask, mask.numel() // blocks.count * tiles_kept(self.density, blocks.count))
+        return select_blocks(coarse_scores(call, blocks), blocks, self.density)
 
     def finish(self, call: Call, out: torch.Tensor) -> torch.Tensor:
         found = trained(call, "vsa", (GATE,), "top-k alone")
@@ -68,8 +67,9 @@ def gate_of(call: Call, weight: torch.Tensor, hidden_states: torch.Tensor) -> to
         check_shape(BIAS, bias, (heads * dim,))
         bias = bias.detach().to(hidden_states).unflatten(0, (heads, dim))
     if call.heads is not None:
-        chosen = list(call.heads)
-        weight, bias = weight[chosen], None if bias is None else bias[chosen]
+        chosen = index_of(call.heads, weight.device)
+        weight = weight.index_select(0, chosen)
+        bias = None if bias is None else bias.index_select(0, chosen)
     inputs = hidden_states[:, video.start : video.stop]
     gate = torch.nn.functional.linear(inputs, weight.flatten(0, 1).to(inputs), None if bias is None else bias.flatten())
     return gate.unflatten(2, (-1, dim)).transpose(1, 2)

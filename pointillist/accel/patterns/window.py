@@ -11,7 +11,7 @@ import torch
 
 from pointillist.accel.blocks import BLOCK_ORDERS, Blocks, blocks_in
 from pointillist.accel.orders import places_of
-from pointillist.accel.patterns.choose import choose
+from pointillist.accel.patterns.choose import select_blocks
 from pointillist.accel.patterns.pattern import Call, Pattern, Selection, check_choice, check_range
 
 
@@ -32,8 +32,7 @@ class Window(Pattern):
         blocks = blocks_in(self.order, call.grid, call.block, call.device)
         centres = centres_of(blocks, places_of(call.grid).to(call.device).float())
         centres = centres * centres.new_tensor([self.frame_weight, 1.0, 1.0])
-        mask = choose(-torch.cdist(centres, centres)[None, None], blocks, blocks, self.density)
-        return Selection(blocks, blocks, mask, int(mask.sum()))
+        return select_blocks(-torch.cdist(centres, centres)[None, None], blocks, self.density)
 
 
 def centres_of(blocks: Blocks, places: torch.Tensor) -> torch.Tensor:

@@ -61,7 +61,7 @@ def test_output_is_one_softmax_over_keys_of_every_level(order, options, sizes):
     call = double_call()
     pattern = Pyramid(0.2, order=order, samples=ALL, **options)
     selection = selected(pattern, call)
-    out = attend(call, laid_out(pattern, call), "pooled", {})
+    out = attend(call, laid_out(pattern, call), "pooled")
     tokens, expected, seen = members(selection.queries), torch.zeros_like(out), set()
     for b in range(2):
         for h in range(2):
@@ -91,7 +91,7 @@ def test_exact_blocks_are_those_of_sampled():
         pattern, sampled = Pyramid(0.3, rule=rule, samples=4), Sampled(0.3, rule=rule, samples=4)
         assert torch.equal(selected(pattern, call).mask, selected(sampled, call).mask)
         for tail in ("none", "rectified"):
-            outs = [attend(call, laid_out(each, call), tail, {}) for each in (pattern, sampled)]
+            outs = [attend(call, laid_out(each, call), tail) for each in (pattern, sampled)]
             torch.testing.assert_close(*outs)
 
 
@@ -132,10 +132,10 @@ def test_runs_of_single_tokens_are_dense_attention():
     call = make_call(GRID, segments=segments, smooth=2)
     pattern = Pyramid(0.3, levels=1, finest=1, share=1.0)
     dense = (call.q @ call.k.mT * call.scale).softmax(-1) @ call.v
-    out = attend(call, laid_out(pattern, call), "pooled", {})
+    out = attend(call, laid_out(pattern, call), "pooled")
     torch.testing.assert_close(out, dense, atol=1e-4, rtol=1e-4)
     half = replace(call, q=call.q.bfloat16(), k=call.k.bfloat16(), v=call.v.bfloat16(), memory={})
-    torch.testing.assert_close(attend(half, laid_out(pattern, half), "pooled", {}).float(), dense, atol=0.05, rtol=0.05)
+    torch.testing.assert_close(attend(half, laid_out(pattern, half), "pooled").float(), dense, atol=0.05, rtol=0.05)
 
 
 def test_a_finer_tail_errs_less():
@@ -144,7 +144,7 @@ def test_a_finer_tail_errs_less():
     call = replace(call, q=2 * call.q)
     dense = (call.q @ call.k.mT * call.scale).softmax(-1) @ call.v
     errors = [
-        float((attend(call, laid_out(pattern, call), "pooled", {}) - dense).square().mean())
+        float((attend(call, laid_out(pattern, call), "pooled") - dense).square().mean())
         for pattern in (Pyramid(0.2, finest=2, growth=2), Pyramid(0.2), Sampled(0.2))
     ]
     assert errors == sorted(errors)

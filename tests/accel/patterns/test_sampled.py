@@ -62,9 +62,10 @@ def test_scores_are_the_reduced_attention_of_samples(grid, order, samples, reduc
 
 def test_samples_are_evenly_spaced_in_long_blocks_and_all_of_short_ones():
     """72 tokens in blocks of 16 along a curve: four of 16 and one of 8."""
-    tokens, valid = sample("thw", (2, 6, 6), 16, 12, torch.device("cpu"))
+    tokens, valid, full = sample("thw", (2, 6, 6), 16, 12, torch.device("cpu"))
     assert tokens[0].tolist() == [0, 2, 3, 4, 6, 7, 8, 10, 11, 12, 14, 15] and valid[:4].all()
-    assert tokens[4][valid[4]].tolist() == list(range(64, 72))
+    assert tokens[4][valid[4]].tolist() == list(range(64, 72)) and not full
+    assert sample("thw", (2, 6, 6), 16, 8, torch.device("cpu"))[2]
 
 
 def test_parts_of_the_scores_make_the_whole(monkeypatch):

@@ -158,7 +158,7 @@ def test_an_error_routed_tail_errs_less():
         for routing in ("probability", "error"):
             part = (Group(Semantic(0.2, routing=routing)), Semantic(0.2, routing=routing).select(call))
             call.memory.clear()
-            out = attend(call, lay_out([part], call), "pooled", {})
+            out = attend(call, lay_out([part], call), "pooled")
             errors.append(float((out - dense).square().mean()))
     assert sum(errors[1::2]) < sum(errors[::2])
 

@@ -17,7 +17,7 @@ BESIDE = (Segment("text", 0, 9), Segment("video", 9, 126), Segment("condition", 
 
 
 def computed(pattern, call, tail="none", **options):
-    out = attend(call, laid_out(pattern, call, **options), tail, call.memory)
+    out = attend(call, laid_out(pattern, call, **options), tail)
     return pattern.finish(sub_call(Group(pattern), call), out)
 
 
@@ -33,9 +33,9 @@ def test_a_skipped_head_is_0_and_leaves_the_others_alone(tail):
     call = make_call(GRID)
     groups = Group(Skip(0.5), (1,)), Group(Window(0.3), (0, 2))
     laid = lay_out([(group, select(group, call)) for group in groups], call)
-    out = attend(call, laid, tail, {})
+    out = attend(call, laid, tail)
     assert (out[:, 1] == 0).all()
-    alone = attend(call, laid_out(Window(0.3), call), tail, {})
+    alone = attend(call, laid_out(Window(0.3), call), tail)
     torch.testing.assert_close(out[:, [0, 2]], alone[:, [0, 2]])
 
 

@@ -50,7 +50,7 @@ def linear(call, seen):
 
 def run(pattern, call):
     """(sparse output, what `finish` makes of it)."""
-    out = attend(call, laid_out(pattern, call), "none", call.memory)
+    out = attend(call, laid_out(pattern, call), "none")
     return out, pattern.finish(sub_call(Group(pattern), call), out.clone())
 
 
@@ -110,7 +110,7 @@ def test_some_heads_alone():
     own = sub_call(group, replace(call, memory={}))
     part = pattern.select(own)
     laid = lay_out([(Group(pattern), part)], own)
-    alone = pattern.finish(own, attend(own, laid, "none", own.memory))
+    alone = pattern.finish(own, attend(own, laid, "none"))
     torch.testing.assert_close(alone, together[:, [2, 0]])
 
 

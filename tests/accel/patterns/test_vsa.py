@@ -40,7 +40,7 @@ def coarse(call, blocks):
 
 
 def run(pattern, call):
-    out = attend(call, laid_out(pattern, call), "none", call.memory)
+    out = attend(call, laid_out(pattern, call), "none")
     return out, pattern.finish(sub_call(Group(pattern), call), out.clone())
 
 
@@ -78,7 +78,7 @@ def test_some_heads_have_their_part_of_the_gate():
     _, together = run(pattern, call)
     own = sub_call(Group(pattern, (2, 0)), replace(call, memory={}))
     laid = lay_out([(Group(pattern), pattern.select(own))], own)
-    alone = pattern.finish(own, attend(own, laid, "none", own.memory))
+    alone = pattern.finish(own, attend(own, laid, "none"))
     torch.testing.assert_close(alone, together[:, [2, 0]])
 
 
