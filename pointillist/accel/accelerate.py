@@ -98,7 +98,8 @@ class Acceleration:
 
     def observe(self, observer: Observer | None) -> None:
         """Call `observer(site, branch, step, q, k, v, out)`, tensors [B, S, H, D], at every attention call from now on;
-        None ends it. The tensors may be reused after the call: clone what is to be kept."""
+        None ends it. The tensors may be reused after the call: clone what is to be kept. A tensor that it returns takes
+        the place of out."""
         self._runtime.observer = observer
 
     def restore(self) -> None:
@@ -206,4 +207,4 @@ def _weights(
 
 
 def _asks_for_hidden_states(plan: Plan | None) -> bool:
-    return plan is not None and any(pattern_class(rule.pattern).HIDDEN_STATES for row in plan.table for rule in row)
+    return plan is not None and any(pattern_class(name).HIDDEN_STATES for name in plan.patterns)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ SCHEMA = 1
 TAILS = ("none", "pooled", "rectified", "rescaled")
 QUANTIZED = ("none", "int8", "int8_fp8")
 MAX_LAYERS = MAX_HEADS = 1024
+MAX_STAGES = 64
 
 
 class PlanError(ValueError):
@@ -65,13 +67,30 @@ class Rule:
         return cls(**{**values, "options": tuple(sorted(options.items()))})
 
 
+Table = tuple[tuple[Rule, ...], ...]
+"""One row per layer, or one for all; in it one rule per head, or one for all."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A table of its own for late steps, or for one of a pipeline's transformers."""
+
+    table: Table
+    below: float = 1.0
+    """It serves steps whose sigma is at most this share of the first one's, so that it carries to any step count."""
+    transformer: str = ""
+    """Component name of the transformer; "" is every one."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """Patterns for every layer and head, the tail for what they drop, and the schedule of steps."""
 
     name: str
-    table: tuple[tuple[Rule, ...], ...]
-    """One row per layer, or one for all; in it one rule per head, or one for all."""
+    table: Table
+    """What heads do wherever no stage says otherwise."""
+    stages: tuple[Stage, ...] = ()
+    """Other tables for parts of a generation: the one with the least `below` serves, those of the transformer first."""
     tail: str = "none"
     """What stands in for dropped pairs: `none`, `pooled`, `rectified` or `rescaled` (see `tails.py`)."""
     residual: bool = False
@@ -142,23 +161,45 @@ class Plan:
             break_even=False,
         )
 
-    def rules(self, layer: int) -> tuple[Rule, ...]:
-        """The rules of a layer: one for all heads, or one for each."""
-        return self.table[0] if len(self.table) == 1 else self.table[layer]
+    @property
+    def tables(self) -> tuple[Table, ...]:
+        """Every table: that of the plan and those of its stages."""
+        return self.table, *(stage.table for stage in self.stages)
+
+    @property
+    def patterns(self) -> set[str]:
+        """The names of all patterns in it."""
+        return {rule.pattern for table in self.tables for row in table for rule in row}
+
+    def rules(self, layer: int, share: float = 1.0, transformer: str = "") -> tuple[Rule, ...]:
+        """The rules of a layer: one for all heads, or one for each.
+
+        Args:
+            share: the running step's sigma over that of the first step.
+            transformer: its component name.
+        """
+        serving = (each for each in self.stages if share <= each.below and each.transformer in ("", transformer))
+        best = min(serving, key=lambda stage: (stage.transformer == "", stage.below), default=None)
+        table = self.table if best is None else best.table
+        return table[0] if len(table) == 1 else table[layer]
 
     def check_fits(self, model: str, layers: int, heads: int) -> None:
         """Raises PlanError if the plan was made for another model than this one."""
         if self.model not in ("any", model):
             raise PlanError(f"the plan {self.name!r} was made for the model {self.model}; this one is {model}")
-        if len(self.table) not in (1, layers):
-            raise PlanError(f"the plan {self.name!r} has {len(self.table)} layers; the model has {layers}")
-        if any(len(row) not in (1, heads) for row in self.table):
-            raise PlanError(f"the plan {self.name!r} has rows whose length is neither 1 nor {heads}, the model's heads")
+        for table in self.tables:
+            if len(table) not in (1, layers):
+                raise PlanError(f"the plan {self.name!r} has {len(table)} layers; the model has {layers}")
+            if any(len(row) not in (1, heads) for row in table):
+                raise PlanError(
+                    f"the plan {self.name!r} has rows whose length is neither 1 nor {heads}, the model's heads"
+                )
 
     def to_json(self) -> str:
         """The plan as a JSON object, the inverse of `from_json`."""
-        table = [[rule.to_dict() for rule in row] for row in self.table]
-        return json.dumps({"schema": SCHEMA, **asdict(self), "table": table}, indent=1, allow_nan=False)
+        stages = [{**asdict(stage), "table": _table_to_lists(stage.table)} for stage in self.stages]
+        values = {"schema": SCHEMA, **asdict(self), "table": _table_to_lists(self.table), "stages": stages}
+        return json.dumps(values, indent=1, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -169,22 +210,35 @@ class Plan:
             raise PlanError(f"the plan is not JSON: {error}") from error
         if not isinstance(values, dict):
             raise PlanError(f"the plan is a JSON {type(values).__name__}; it must be an object")
-        if values.pop("schema", None) != SCHEMA:
-            raise PlanError(f"the plan's schema is not {SCHEMA}, the one that this version reads")
+        schema = values.pop("schema", None)
+        if schema != SCHEMA:
+            newer = _is_count(schema) and schema > SCHEMA
+            what = "is newer than this version of pointillist; upgrade it" if newer else "is unknown"
+            raise PlanError(f"the plan's schema {schema!r:.80} {what}; this version reads schema {SCHEMA}")
         values = _only_fields(cls, values, "plan")
         try:
-            table = tuple(tuple(Rule.from_dict(rule) for rule in row) for row in values["table"])
+            stages = [_only_fields(Stage, stage, "stage") for stage in values.get("stages", ())]
+            stages = tuple(Stage(**{**stage, "table": _table_from_lists(stage["table"])}) for stage in stages)
+            table = _table_from_lists(values["table"])
             schedule = Schedule(**_only_fields(Schedule, values.get("schedule", {}), "schedule"))
             grid = values.get("grid")
-            values.update(table=table, schedule=schedule, grid=None if grid is None else tuple(grid))
+            values.update(table=table, stages=stages, schedule=schedule, grid=None if grid is None else tuple(grid))
             return cls(**values)
         except (TypeError, KeyError) as error:
             raise PlanError(f"the plan lacks a value or has one of the wrong kind: {error}") from error
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a plan file: to a temporary file beside it first, then renamed. Raises OSError."""
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        tensors: Mapping[str, Any] | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        """Write a plan file: to a temporary file beside it first, then renamed. Raises OSError.
+
+        `tensors` (NumPy arrays) and `metadata` are what else the file holds: how a search found the plan.
+        """
         path = Path(path)
-        data = to_safetensors({}, metadata={"pointillist.plan": self.to_json()})
+        data = to_safetensors(dict(tensors or {}), metadata={**(metadata or {}), "pointillist.plan": self.to_json()})
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
             with os.fdopen(descriptor, "wb") as file:
@@ -231,8 +285,10 @@ def _check(plan: Plan) -> None:
         raise PlanError(f"name {plan.name!r} and model {plan.model!r} must be text")
     if plan.hardware is not None and not isinstance(plan.hardware, str):
         raise PlanError(f"hardware is {plan.hardware!r}; it must be text or absent")
-    if not 1 <= len(plan.table) <= MAX_LAYERS or not all(1 <= len(row) <= MAX_HEADS for row in plan.table):
-        raise PlanError(f"the table must have 1 to {MAX_LAYERS} rows of 1 to {MAX_HEADS} rules")
+    for table in plan.tables:
+        if not 1 <= len(table) <= MAX_LAYERS or not all(1 <= len(row) <= MAX_HEADS for row in table):
+            raise PlanError(f"a table must have 1 to {MAX_LAYERS} rows of 1 to {MAX_HEADS} rules")
+    _check_stages(plan.stages)
     if not _is_count(plan.block) or not 1 <= plan.block <= 4096:
         raise PlanError(f"block is {plan.block!r}; it must be a whole number from 1 to 4096")
     for name in ("dense_first_frame", "break_even", "residual"):
@@ -253,6 +309,16 @@ def _check(plan: Plan) -> None:
             raise PlanError(f"predicted and measured must be objects of numbers; one is {figures!r}")
 
 
+def _check_stages(stages: tuple[Stage, ...]) -> None:
+    if len(stages) > MAX_STAGES:
+        raise PlanError(f"there are {len(stages)} stages; allowed are up to {MAX_STAGES}")
+    for stage in stages:
+        if not _is_number(stage.below) or not 0 <= stage.below <= 1:
+            raise PlanError(f"a stage's below is {stage.below!r}; it must be a number from 0 to 1")
+        if not isinstance(stage.transformer, str):
+            raise PlanError(f"a stage's transformer is {stage.transformer!r:.200}; it must be text")
+
+
 def _check_hoist(plan: Plan) -> None:
     """Raises PlanError for an order that is none, or patterns that work on tokens as they lie."""
     from pointillist.accel.blocks import BLOCK_ORDERS
@@ -264,7 +330,7 @@ def _check_hoist(plan: Plan) -> None:
 
 def _check_adds(plan: Plan, demand: str) -> None:
     """Raises PlanError if a pattern adds a part of its own to the output."""
-    for name in sorted({rule.pattern for row in plan.table for rule in row}):
+    for name in sorted(plan.patterns):
         if pattern_class(name).ADDS:
             raise PlanError(f"the pattern {name} adds a trained part to the output of the grid's tokens; {demand}")
 
@@ -281,6 +347,14 @@ def _check_options(pattern: str, options: Any) -> None:
         pattern_class(pattern).check_values(dict(options))
     except (TypeError, ValueError) as error:
         raise PlanError(str(error)) from error
+
+
+def _table_to_lists(table: Table) -> list[list[dict[str, Any]]]:
+    return [[rule.to_dict() for rule in row] for row in table]
+
+
+def _table_from_lists(rows: Any) -> Table:
+    return tuple(tuple(Rule.from_dict(rule) for rule in row) for row in rows)
 
 
 def _only_fields(cls: type, values: Any, what: str) -> dict[str, Any]:

@@ -18,8 +18,9 @@ from pointillist.accel.tiles import Grid, whole_video
 from pointillist.accel.timing import now
 from pointillist.kernels import BREAK_EVEN, choose_backend
 
-Observer = Callable[[str, str, int | None, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
-"""Told of every attention call: site, branch, step, and q, k, v, out [B, S, H, D]."""
+Observer = Callable[[str, str, int | None, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor | None]
+"""Told of every attention call: site, branch, step, and q, k, v, out [B, S, H, D]. What it returns takes out's place,
+unless it is None."""
 
 
 class Runtime:
@@ -92,43 +93,71 @@ class Site:
             )
         start, density = now(q.device), None
         kind = "dense" if plan is None else plan.schedule.kind(state.step, state.sigmas)
-        groups = self._groups(q.shape[1], q.device, kind) if plan is not None else None
-        if plan is None or groups is None:
+        if plan is None or (kind == "dense" and not _before_sparse(plan, state)):
             out = self._dense(q, k, v, scale)
         elif kind == "dense":
             out = self._dense(q, k, v, scale)
-            if _before_sparse(plan, state):
-                self._learn(plan, groups, self._call(plan, q, k, v, scale), out.transpose(1, 2))
+            for groups in self._groups_to_come(plan, q):
+                self._learn(plan, groups, self._call(plan, groups, q, k, v, scale), out.transpose(1, 2))
+        elif (groups := self._groups(plan, q, state.step)) is None:
+            out = self._dense(q, k, v, scale)
+            self._note_fallback(plan, q)
         else:
-            out, density = self._sparse(plan, groups, self._call(plan, q, k, v, scale))
+            out, density = self._sparse(plan, groups, self._call(plan, groups, q, k, v, scale))
         record.calls.append(AttentionCall(self.name, state.branch, state.step, density, start, now(q.device)))
         if self._runtime.observer is not None:
-            self._runtime.observer(self.name, state.branch, state.step, q, k, v, out)
+            instead = self._runtime.observer(self.name, state.branch, state.step, q, k, v, out)
+            out = out if instead is None else instead
         return out
 
-    def _groups(self, tokens: int, device: torch.device, kind: str) -> tuple[Group, ...] | None:
-        """The patterns of this site's heads; None if all of it is dense."""
-        plan, grid = self._runtime.plan, self._runtime.state.grid
-        assert plan is not None and grid is not None, "a site runs inside a transformer call"
-        rules = plan.rules(self._layer)
-        density = sum(rule.kept for rule in rules) / len(rules)
-        reason = ""
-        if tokens != math.prod(grid):
-            reason = f"{tokens} tokens are not the grid {_text(grid)}"
-        elif tokens < plan.min_tokens:
-            reason = f"{tokens} tokens are fewer than {plan.min_tokens}, where sparse starts to pay"
-        elif density == 1:
-            return None
-        elif plan.break_even and density > BREAK_EVEN[self._runtime.backend(device)[0], plan.tail != "none"]:
-            reason = f"density {density:.2f} is so high that sparse attention would not be faster"
-        if not reason:
-            return _groups_of(rules, grid, plan.block)
-        if kind != "dense":
-            self._runtime.record.notes[f"dense: {reason}"] += 1
-        return None
+    def _groups_to_come(self, plan: Plan, q: torch.Tensor) -> list[tuple[Group, ...]]:
+        """What later sparse steps of this generation will do here, each once."""
+        state = self._runtime.state
+        assert state.step is not None, "a dense step is known"
+        later = range(state.step + 1, len(state.sigmas))
+        sparse = [step for step in later if plan.schedule.kind(step, state.sigmas) == "sparse"]
+        return [each for each in dict.fromkeys(self._groups(plan, q, step) for step in sparse) if each is not None]
 
-    def _call(self, plan: Plan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> Call:
-        """What patterns see of this call; q, k, v are [B, S, H, D]."""
+    def _groups(self, plan: Plan, q: torch.Tensor, step: int | None) -> tuple[Group, ...] | None:
+        """The patterns of this site's heads in a sparse step; None if all of it is dense."""
+        grid, rules = self._runtime.state.grid, self._rules(plan, step)
+        assert grid is not None, "a site runs inside a transformer call"
+        if _kept(rules) == 1 or self._fallback(plan, rules, q):
+            return None
+        return _groups_of(rules, grid, plan.block)
+
+    def _rules(self, plan: Plan, step: int | None) -> tuple[Rule, ...]:
+        state = self._runtime.state
+        share = 1.0 if step is None else state.sigmas[step] / state.sigmas[0]
+        return plan.rules(self._layer, share, state.expert)
+
+    def _fallback(self, plan: Plan, rules: tuple[Rule, ...], q: torch.Tensor) -> str:
+        """Why a call runs densely although its rules are sparse; "" if it does not. q is [B, S, H, D]."""
+        grid, tokens, density = self._runtime.state.grid, q.shape[1], _kept(rules)
+        assert grid is not None
+        if tokens != math.prod(grid):
+            return f"{tokens} tokens are not the grid {_text(grid)}"
+        if tokens < plan.min_tokens:
+            return f"{tokens} tokens are fewer than {plan.min_tokens}, where sparse starts to pay"
+        if plan.break_even and density > BREAK_EVEN[self._runtime.backend(q.device)[0], plan.tail != "none"]:
+            return f"density {density:.2f} is so high that sparse attention would not be faster"
+        return ""
+
+    def _note_fallback(self, plan: Plan, q: torch.Tensor) -> None:
+        rules = self._rules(plan, self._runtime.state.step)
+        if _kept(rules) < 1:
+            self._runtime.record.notes[f"dense: {self._fallback(plan, rules, q)}"] += 1
+
+    def _call(
+        self,
+        plan: Plan,
+        groups: tuple[Group, ...],
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float | None,
+    ) -> Call:
+        """What patterns see of this call; q, k, v are [B, S, H, D]. Stages that differ here share no memory."""
         state, record = self._runtime.state, self._runtime.record
         assert state.grid is not None
         record.backend = self._runtime.backend(q.device)
@@ -144,7 +173,7 @@ class Site:
             layer=self._layer,
             step=state.step or 0,
             steps=max(1, len(state.sigmas)),
-            memory=self._runtime.memory(self.name, (state.grid, q.shape, q.device)),
+            memory=self._runtime.memory(self.name, (state.grid, q.shape, q.device)).setdefault(groups, {}),
             weights=self._weights,
             hidden_states=self.hidden_states,
             backend=record.backend[0],
@@ -201,6 +230,11 @@ class Site:
         if plan.reuse_steps > 1:
             call.memory["selection", group] = (made, selection)
         return selection
+
+
+def _kept(rules: tuple[Rule, ...]) -> float:
+    """The share of the pairs that all heads together compute."""
+    return sum(rule.kept for rule in rules) / len(rules)
 
 
 def _finishes(pattern: Pattern) -> bool:

@@ -212,10 +212,16 @@ def _shifted(scheduler: Any, shift: float) -> Any:
 
 def _at_density(plan: Any, density: float) -> Any:
     """The same plan with another density wherever it is sparse."""
-    table = tuple(
-        tuple(rule if rule.pattern == "dense" else replace(rule, density=density) for rule in row) for row in plan.table
-    )
-    return replace(plan, name=f"{plan.name} at density {density:g}", table=table)
+
+
+    def at_density(table: Any) -> Any:
+        return tuple(
+            tuple(rule if rule.pattern == "dense" else replace(rule, density=density) for rule in row) for row in table
+        )
+
+    stages = tuple(replace(stage, table=at_density(stage.table)) for stage in plan.stages)
+    name = f"{plan.name} at density {density:g}"
+    return replace(plan, name=name, table=at_density(plan.table), stages=stages)
 
 
 @dataclass(frozen=True)

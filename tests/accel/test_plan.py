@@ -12,7 +12,7 @@ from pointillist.accel import plans
 from pointillist.accel.choose_plan import shipped_plans
 from pointillist.accel.models import wan
 from pointillist.accel.patterns import PATTERNS
-from pointillist.accel.plan import Rule
+from pointillist.accel.plan import Rule, Stage
 from pointillist.accel.schedule import Schedule
 
 PLAN = Plan(
@@ -21,6 +21,7 @@ PLAN = Plan(
         (Rule("pooled", 0.2, (("order", "gilbert"), ("rule", "mass"))), Rule("window", 0.3)),
         (Rule("dense", 1.0), Rule("dense", 1.0)),
     ),
+    stages=(Stage(((Rule("skip", 0.5),),), below=0.4), Stage(((Rule("window", 0.5),),), 0.5, "transformer_2")),
     tail="pooled",
     schedule=Schedule(dense_steps=1, dense_above=0.9),
     block=64,
@@ -66,7 +67,14 @@ def test_round_trip(tmp_path):
         ({"table": [[{"pattern": "pooled", "density": 0.5, "options": {"order": "up"}}]]}, "allowed are tiles"),
         ({"table": [[{"pattern": "pooled", "density": 0.5, "options": {"order": ["tiles"]}}]]}, "must be a number"),
         ({"table": [[{"pattern": "pooled", "density": 0.5, "options": [1]}]]}, "must be an object"),
-        ({"schema": 99}, "schema is not 1"),
+        ({"schema": 99}, "schema 99 is newer than this version of pointillist; upgrade it"),
+        ({"schema": "one"}, "schema 'one' is unknown"),
+        ({"stages": [{"table": [[{"pattern": "pooled", "density": 2}]]}]}, "density is 2"),
+        ({"stages": [{"table": [[{"pattern": "pooled", "density": 1}]], "below": 1.5}]}, "below is 1.5"),
+        ({"stages": [{"table": []}]}, "rows"),
+        ({"stages": [{"below": 1}]}, "lacks a value"),
+        ({"stages": [{"table": [], "until": 1}]}, "no other keys than table, below, transformer"),
+        ({"stages": 3}, "wrong kind"),
         ({"block": 0}, "block"),
         ({"dense_first_frame": 1}, "dense_first_frame"),
         ({"grid": [1, 2]}, "grid"),
@@ -111,6 +119,19 @@ def test_a_uniform_plan_of_every_pattern_is_valid(name):
     plan = Plan.uniform(name, 0.3)
     assert Plan.from_json(plan.to_json()) == plan
     assert plan.tail in ("none", "pooled")
+
+
+def test_stages_take_over_at_their_sigma_and_transformer():
+    tables = [((Rule("pooled", density),),) for density in (0.9, 0.5, 0.4, 0.3)]
+    stages = (Stage(tables[2], 0.2), Stage(tables[1], 0.6), Stage(tables[3], 0.5, "transformer_2"))
+    plan = Plan("staged", tables[0], stages)
+
+    def density(share, transformer="transformer"):
+        return plan.rules(0, share, transformer)[0].density
+
+    assert [density(share) for share in (1.0, 0.61, 0.6, 0.21, 0.2, 0.0)] == [0.9, 0.9, 0.5, 0.5, 0.4, 0.4]
+    assert [density(share, "transformer_2") for share in (1.0, 0.6, 0.5, 0.1)] == [0.9, 0.5, 0.3, 0.3]
+    assert plan.patterns == {"pooled"}
 
 
 def test_dense_steps_come_back_every_so_often():
