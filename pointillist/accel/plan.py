@@ -217,8 +217,7 @@ class Plan:
             raise PlanError(f"the plan's schema {schema!r:.80} {what}; this version reads schema {SCHEMA}")
         values = _only_fields(cls, values, "plan")
         try:
-            stages = [_only_fields(Stage, stage, "stage") for stage in values.get("stages", ())]
-            stages = tuple(Stage(**{**stage, "table": _table_from_lists(stage["table"])}) for stage in stages)
+            stages = tuple(_stage_from(stage) for stage in values.get("stages", ()))
             table = _table_from_lists(values["table"])
             schedule = Schedule(**_only_fields(Schedule, values.get("schedule", {}), "schedule"))
             grid = values.get("grid")
@@ -347,6 +346,11 @@ def _check_options(pattern: str, options: Any) -> None:
         pattern_class(pattern).check_values(dict(options))
     except (TypeError, ValueError) as error:
         raise PlanError(str(error)) from error
+
+
+def _stage_from(values: Any) -> Stage:
+    values = _only_fields(Stage, values, "stage")
+    return Stage(**{**values, "table": _table_from_lists(values["table"])})
 
 
 def _table_to_lists(table: Table) -> list[list[dict[str, Any]]]:

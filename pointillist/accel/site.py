@@ -97,8 +97,8 @@ class Site:
             out = self._dense(q, k, v, scale)
         elif kind == "dense":
             out = self._dense(q, k, v, scale)
-            for groups in self._groups_to_come(plan, q):
-                self._learn(plan, groups, self._call(plan, groups, q, k, v, scale), out.transpose(1, 2))
+            for each in self._groups_to_come(plan, q):
+                self._learn(plan, each, self._call(plan, each, q, k, v, scale), out.transpose(1, 2))
         elif (groups := self._groups(plan, q, state.step)) is None:
             out = self._dense(q, k, v, scale)
             self._note_fallback(plan, q)

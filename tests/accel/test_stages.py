@@ -8,7 +8,7 @@ from pointillist import Plan, accelerate
 from pointillist.accel.plan import Rule, Stage
 from pointillist.accel.schedule import Schedule
 
-EARLY, LATE = Rule("masses", 0.6), Rule("masses", 0.2)
+EARLY, LATE = Rule("masses", 0.6), Rule("masses", 0.3)
 PLAN = Plan(
     "staged", ((EARLY,),), (Stage(((LATE,),), below=0.6),), tail="pooled", residual=True,
     schedule=Schedule(dense_steps=1), block=16, break_even=False,
@@ -27,7 +27,7 @@ def test_the_table_changes_where_sigma_falls_below(pipe, run):
         sigmas = handle._runtime.state.sigmas
     below = [sigma <= 0.6 * sigmas[0] for sigma in sigmas]
     assert below == [False, False, False, True]
-    assert found == {0: None, 1: 0.6, 2: 0.6, 3: 0.2}
+    assert found == {0: None, 1: 0.6, 2: 0.6, 3: 0.3}
 
 
 def test_every_stage_remembers_the_dense_step(pipe, run):
@@ -46,5 +46,5 @@ def test_a_stage_runs_as_a_plan_of_its_own_would(pipe, run):
         assert torch.equal(run(pipe, steps=4), expected)
     with accelerate(pipe, dense_until_late) as handle:
         run(pipe, steps=4)
-        assert steps_and_densities(handle) == {0: None, 1: None, 2: None, 3: 0.2}
+        assert steps_and_densities(handle) == {0: None, 1: None, 2: None, 3: 0.3}
         assert handle.report().fallbacks == []
