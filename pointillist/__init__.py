@@ -12,9 +12,10 @@ if TYPE_CHECKING:
     from pointillist.accel.plan import Plan, PlanError
     from pointillist.pipelines.generate import generate
     from pointillist.pipelines.load import defaults, load_pipeline
+    from pointillist.pipelines.search import find_plan
 
 __version__ = "0.1.0"
-__all__ = ["AccelerateError", "Plan", "PlanError", "accelerate", "defaults", "generate", "load_pipeline"]
+__all__ = ["AccelerateError", "Plan", "PlanError", "accelerate", "defaults", "find_plan", "generate", "load_pipeline"]
 
 _HOMES = {
     "AccelerateError": "pointillist.accel.conflicts",
@@ -22,6 +23,7 @@ _HOMES = {
     "PlanError": "pointillist.accel.plan",
     "accelerate": "pointillist.accel.accelerate",
     "defaults": "pointillist.pipelines.load",
+    "find_plan": "pointillist.pipelines.search",
     "generate": "pointillist.pipelines.generate",
     "load_pipeline": "pointillist.pipelines.load",
 }

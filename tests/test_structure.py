@@ -14,8 +14,9 @@ MAY_IMPORT = {
     "hardware": set(),
     "metrics": set(),
     "accel": {"kernels", "hardware", "metrics"},
-    "pipelines": {"kernels", "hardware", "metrics", "accel"},
-    "cli": {"kernels", "hardware", "metrics", "accel", "pipelines"},
+    "search": {"kernels", "hardware", "metrics", "accel"},
+    "pipelines": {"kernels", "hardware", "metrics", "accel", "search"},
+    "cli": {"kernels", "hardware", "metrics", "accel", "search", "pipelines"},
 }
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p.parent != PACKAGE or p.stem == "metrics")
 

@@ -1,7 +1,8 @@
 """`accelerate`: install a plan in a pipeline, report what ran, restore."""
 
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
@@ -17,10 +18,13 @@ from pointillist.accel.layouts import forget_layouts
 from pointillist.accel.patterns import pattern_class
 from pointillist.accel.plan import Plan
 from pointillist.accel.report import Record, Report, make_report
-from pointillist.accel.run_state import watch_branches, watch_generations
+from pointillist.accel.run_state import watch_branches, watch_generations, wrap
 from pointillist.accel.site import Observer, Runtime, Site
+from pointillist.accel.tiles import Grid
 from pointillist.accel.timing import now
 from pointillist.accel.trained import check_keys, load_weights, watch_hidden_states, weights_of
+
+Interceptor = Callable[[str, str, int | None, Callable[[], Any]], Any]
 
 
 def accelerate(
@@ -36,7 +40,8 @@ def accelerate(
 
     Args:
         pipe: a pipeline whose transformers are supported, not yet compiled (compile after this call).
-        plan: `auto`, `none` (nothing changes, only measured), a `Plan`, or the path of a plan file.
+        plan: `auto`, `none` (nothing changes, only measured), a `Plan`, the path of a plan file, or `quality`,
+            `balanced` or `fast`, which `auto` is.
         cache, regions: `auto` or `none`; no plan of this version says anything about either.
         backend: of sparse calls: `auto`, or a name from `pointillist.kernels.available_backends`.
         dense: of dense calls: `auto` (what the pipeline asks for), the name of one of Diffusers' attention backends
@@ -96,11 +101,32 @@ class Acceleration:
             dense_backend=self._dense.choice,
         )
 
+    @property
+    def grid(self) -> Grid | None:
+        """The token grid of the last transformer call of this generation."""
+        return self._runtime.record.grid
+
+    @property
+    def sigmas(self) -> tuple[float, ...]:
+        """Of the steps of this generation, noisiest first, in the scheduler's units."""
+        return self._runtime.state.sigmas
+
     def observe(self, observer: Observer | None) -> None:
         """Call `observer(site, branch, step, q, k, v, out)`, tensors [B, S, H, D], at every attention call from now on;
         None ends it. The tensors may be reused after the call: clone what is to be kept. A tensor that it returns takes
         the place of out."""
         self._runtime.observer = observer
+
+    def intercept(self, intercept: Interceptor) -> None:
+        """From now on, call `intercept(transformer, branch, step, compute)` in place of every call of a transformer, by
+        its component name: `compute()` is the model's own forward pass, and what is returned is its output."""
+        state = self._runtime.state
+        for target in self._targets:
+
+            def forward(original: Callable[..., Any], *args: Any, name: str = target.name, **kwargs: Any) -> Any:
+                return intercept(name, state.branch, state.step, lambda: original(*args, **kwargs))
+
+            self._undo.callback(wrap(target.transformer, "forward", forward))
 
     def restore(self) -> None:
         """Undo everything: the next output is that of a pipeline never touched. May be called twice."""
@@ -186,7 +212,9 @@ class Acceleration:
         if plan is None or plan.grid is None or grid is None or plan.grid == grid:
             return self._choice.source
         made_for, here = ("×".join(map(str, each)) for each in (plan.grid, grid))
-        return f"{self._choice.source}; carried over from the grid {made_for} to {here}"
+        shorter = math.prod(grid) < math.prod(plan.grid)
+        how = "as many keys for a query" if shorter else "the same densities"
+        return f"{self._choice.source}; carried over from the grid {made_for} to {here} with {how}"
 
 
 def _weights(

@@ -1,11 +1,16 @@
 """From the argument `plan` to the plan that runs, and why."""
 
 import os
-from dataclasses import dataclass
-from importlib.resources import files
+from dataclasses import dataclass, replace
+from pathlib import Path
 
+from pointillist.accel import plans
 from pointillist.accel.conflicts import AccelerateError, Target
-from pointillist.accel.plan import Plan, PlanError
+from pointillist.accel.plan import Plan, PlanError, Table
+
+SPEEDS = ("quality", "balanced", "fast")
+DENSITIES = {"quality": 0.35, "balanced": 0.2, "fast": 0.1}
+"""At the speeds for which a model has no plan of their own."""
 
 
 @dataclass(frozen=True)
@@ -19,6 +24,9 @@ class Choice:
 def choose_plan(wish: Plan | str | os.PathLike[str], targets: tuple[Target, ...]) -> Choice:
     """`auto` takes the shipped plan that fits the model, else the preset of its family.
 
+    A speed in `SPEEDS` takes the shipped plan of this name; where none is shipped, what `auto` takes, at that speed's
+    density.
+
     Raises:
         PlanError: the file at the path `wish` is not a plan.
         AccelerateError: the plan was made for another model.
@@ -28,11 +36,16 @@ def choose_plan(wish: Plan | str | os.PathLike[str], targets: tuple[Target, ...]
     elif wish == "none":
         choice = Choice(None, "asked for none: Diffusers' own attention, only measured")
     elif wish == "auto":
-        choice = _automatic(targets)
+        choice = _automatic(targets, "balanced")
+    elif isinstance(wish, str) and wish in SPEEDS:
+        choice = _automatic(targets, wish)
     elif isinstance(wish, str | os.PathLike):
         choice = Choice(Plan.load(wish), f"from {os.fspath(wish)}")
     else:
-        raise AccelerateError(f"plan is a {type(wish).__name__}; it must be a Plan, the path of one, 'auto' or 'none'")
+        raise AccelerateError(
+            f"plan is a {type(wish).__name__}; it must be a Plan, the path of one, or one of auto, none, "
+            f"{', '.join(SPEEDS)}"
+        )
     if choice.plan is not None:
         for target in targets:
             try:
@@ -44,17 +57,41 @@ def choose_plan(wish: Plan | str | os.PathLike[str], targets: tuple[Target, ...]
 
 def shipped_plans() -> list[Plan]:
     """The plans that come with the package, by file name."""
-    folder = files("pointillist.accel.plans")
-    found = sorted((file for file in folder.iterdir() if file.name.endswith(".json")), key=lambda file: file.name)
-    return [Plan.from_json(file.read_text(encoding="utf-8")) for file in found]
+    return [Plan.load(path) for path in shipped_files()]
 
 
-def _automatic(targets: tuple[Target, ...]) -> Choice:
+def shipped_files() -> list[Path]:
+    """Their files."""
+    folder = Path(plans.__file__).parent
+    return sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
+
+
+def _automatic(targets: tuple[Target, ...], speed: str) -> Choice:
     model = _shape(targets[0])[0]
-    for plan in shipped_plans():
-        if plan.model == model:
+    mine = [plan for plan in shipped_plans() if plan.model == model]
+    for plan in mine:
+        if plan.name.endswith(speed):
             return Choice(plan, f"shipped for this model ({model})")
-    return Choice(targets[0].family.PRESET, f"no plan is shipped for this model ({model})")
+    if mine:
+        return Choice(_at_density(mine[0], DENSITIES[speed]), f"shipped for this model ({model}), at another density")
+    preset = targets[0].family.PRESET
+    return Choice(
+        preset if speed == "balanced" else _at_density(preset, DENSITIES[speed]),
+        f"no plan is shipped for this model ({model}); `pointillist search --model MODEL --output plan.safetensors` "
+        "makes one that is better",
+    )
+
+
+def _at_density(plan: Plan, density: float) -> Plan:
+    """The same plan with another density wherever it is sparse."""
+
+    def changed(table: Table) -> Table:
+        return tuple(
+            tuple(rule if rule.pattern == "dense" else replace(rule, density=density) for rule in row) for row in table
+        )
+
+    stages = tuple(replace(stage, table=changed(stage.table)) for stage in plan.stages)
+    return replace(plan, name=f"{plan.name} at density {density:g}", table=changed(plan.table), stages=stages)
 
 
 def _shape(target: Target) -> tuple[str, int, int]:

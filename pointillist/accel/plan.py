@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +185,15 @@ class Plan:
         table = self.table if best is None else best.table
         return table[0] if len(table) == 1 else table[layer]
 
+    def carried(self, rules: tuple[Rule, ...], tokens: int) -> tuple[Rule, ...]:
+        """The rules of this plan for a sequence of another length than it was made for.
+
+        Heads keep their shares of a longer one. Of a shorter one a query sees no fewer keys than it did: a span of
+        a + b·N as of MoA, with the larger of LServe's constant number (a) and a constant share (b).
+        """
+        made_for = tokens if self.grid is None else math.prod(self.grid)
+        return rules if tokens >= made_for else _denser(rules, made_for / tokens)
+
     def check_fits(self, model: str, layers: int, heads: int) -> None:
         """Raises PlanError if the plan was made for another model than this one."""
         if self.model not in ("any", model):
@@ -263,6 +274,11 @@ class Plan:
         if "pointillist.plan" not in metadata:
             raise PlanError(f"{os.fspath(path)} is a safetensors file without a plan in its metadata")
         return cls.from_json(metadata["pointillist.plan"])
+
+
+@lru_cache(maxsize=4096)
+def _denser(rules: tuple[Rule, ...], times: float) -> tuple[Rule, ...]:
+    return tuple(replace(rule, density=min(1.0, rule.density * times)) for rule in rules)
 
 
 def _check(plan: Plan) -> None:

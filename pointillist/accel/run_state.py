@@ -110,8 +110,8 @@ def watch_generations(scheduler: Any, began: Callable[[Any], None], stepped: Cal
         stepped()
         return result
 
-    undo_set_timesteps = _wrap(scheduler, "set_timesteps", set_timesteps)
-    undo_step = _wrap(scheduler, "step", step)
+    undo_set_timesteps = wrap(scheduler, "set_timesteps", set_timesteps)
+    undo_step = wrap(scheduler, "step", step)
 
     def undo() -> None:
         undo_step()
@@ -130,7 +130,7 @@ def watch_branches(transformer: Any, state: RunState) -> Undo:
         with original(name, *args, **kwargs), state.context(name):
             yield
 
-    return _wrap(transformer, "cache_context", cache_context)
+    return wrap(transformer, "cache_context", cache_context)
 
 
 @dataclass
@@ -143,7 +143,7 @@ class _Link:
     active: bool = True
 
 
-def _wrap(owner: Any, name: str, around: Callable[..., Any]) -> Undo:
+def wrap(owner: Any, name: str, around: Callable[..., Any]) -> Undo:
     """Replace the method `name` of this instance by `around(original, …)`. Returns the undo."""
     original, link = getattr(owner, name), _Link(vars(owner).get(name))
 

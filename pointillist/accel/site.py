@@ -128,8 +128,9 @@ class Site:
 
     def _rules(self, plan: Plan, step: int | None) -> tuple[Rule, ...]:
         state = self._runtime.state
+        assert state.grid is not None, "a site runs inside a transformer call"
         share = 1.0 if step is None else state.sigmas[step] / state.sigmas[0]
-        return plan.rules(self._layer, share, state.expert)
+        return plan.carried(plan.rules(self._layer, share, state.expert), math.prod(state.grid))
 
     def _fallback(self, plan: Plan, rules: tuple[Rule, ...], q: torch.Tensor) -> str:
         """Why a call runs densely although its rules are sparse; "" if it does not. q is [B, S, H, D]."""

@@ -58,6 +58,23 @@ def remember_kept_mass(call: Call, laid: Laid, out: torch.Tensor) -> None:
     call.memory["rest"] = (out - kept.to(out.dtype) * sparse).masked_fill(~has_tail[..., None], 0)
 
 
+def attend_blocks(call: Call, laid: Laid, tail: str, query_blocks: torch.Tensor) -> torch.Tensor:
+    """`attend` for a few query blocks of `laid` (int64 [n]) and with nothing remembered: rows of the others mean
+    nothing. Blocks alone are what is computed with the tails `none` and `pooled`; the others take all of it."""
+    if tail == "pooled":
+        return attention_with_pooled_tail(
+            call.q, call.k, call.v, laid.layout, call.scale, call.backend, means=_own_means(call, laid),
+            query_blocks=query_blocks,
+        )  # fmt: skip
+    if tail != "none":
+        return _attend(call, laid, tail, "none")
+    out = block_sparse_attention(
+        call.q, call.k, call.v, laid.layout, call.scale, backend=call.backend, query_blocks=query_blocks
+    )
+    assert isinstance(out, torch.Tensor)
+    return out
+
+
 def _attend(call: Call, laid: Laid, tail: str, quantized: str) -> torch.Tensor:
     if tail == "pooled":
         return _with_means(call, laid, quantized)
@@ -75,9 +92,8 @@ def _attend(call: Call, laid: Laid, tail: str, quantized: str) -> torch.Tensor:
 def _with_means(call: Call, laid: Laid, quantized: str) -> torch.Tensor:
     """The kept pairs and the means of the others in one softmax."""
     q, k, v, layout = call.q, call.k, call.v, laid.layout
-    plain = all(selection.tail and selection.means is None for _, selection in laid.parts)
     if quantized == "none":
-        means = None if plain else _means(call, laid)
+        means = _own_means(call, laid)
         return attention_with_pooled_tail(q, k, v, layout, call.scale, backend=call.backend, means=means)
     means = _means(call, laid)  # the product with means stays in the tensors' own precision, so it is a pass of its own
     out, lse = block_sparse_attention(
@@ -89,6 +105,12 @@ def _with_means(call: Call, laid: Laid, quantized: str) -> torch.Tensor:
     )  # fmt: skip
     tail_lse = restore_order(tail_lse[..., None], layout.query_order)[..., 0]
     return merge_attention(out, lse, restore_order(tail, layout.query_order), tail_lse)[0]
+
+
+def _own_means(call: Call, laid: Laid) -> Means | None:
+    """None if all heads have the usual tail, block means."""
+    plain = all(selection.tail and selection.means is None for _, selection in laid.parts)
+    return None if plain else _means(call, laid)
 
 
 def _means(call: Call, laid: Laid) -> Means:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import typer
 
-from pointillist.cli import bench, compare, env, generate, plan
+from pointillist.cli import bench, compare, env, generate, plan, search
 
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # typer carries its own copy of click
 
@@ -23,6 +23,7 @@ app.command("compare")(compare.command)
 app.command("env")(env.command)
 app.add_typer(plan.app, name="plan")
 app.add_typer(bench.app, name="bench")
+app.add_typer(search.app, name="search")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -48,8 +49,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
             raise
         from pointillist.accel.plan import PlanError
         from pointillist.pipelines.load import ModelError
+        from pointillist.search.errors import SearchError
 
-        usage = isinstance(error, ValueError) and not isinstance(error, (PlanError, ModelError))
+        usage = isinstance(error, ValueError) and not isinstance(error, (PlanError, ModelError, SearchError))
         return _fail(str(error) or type(error).__name__, 2 if usage else 1)
     except Exception as error:
         if os.environ.get("POINTILLIST_DEBUG") == "1":

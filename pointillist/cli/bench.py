@@ -33,6 +33,9 @@ def attention(
     tune: Annotated[
         bool, typer.Option(help="First find the fastest kernel configurations of this GPU and keep them.")
     ] = False,
+    calibrate: Annotated[
+        Path | None, typer.Option(help="Only measure this machine for the cost model, and write its profile here.")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Also write all of it to this JSON file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
@@ -62,9 +65,13 @@ def attention(
     names = [each.strip() for each in (dtype or ("bfloat16" if cuda else "float32")).split(",")]
     if set(names) - set(DTYPES):
         raise ValueError(f"--dtype is {dtype!r}; allowed are {', '.join(DTYPES)}")
-    if output is not None and (output.suffix != ".json" or output.is_dir() or not os.access(output.parent, os.W_OK)):
-        raise ValueError(f"--output is {str(output)!r}; it must be a FILE.json in a folder that can be written to")
+    for option, file in (("output", output), ("calibrate", calibrate)):
+        if file is not None and (file.suffix != ".json" or file.is_dir() or not os.access(file.parent, os.W_OK)):
+            raise ValueError(f"--{option} is {str(file)!r}; it must be a FILE.json in a folder that can be written to")
     progress = Console(stderr=True)
+    if calibrate is not None:
+        _calibrate(where, names, calibrate, as_json, progress)
+        return
     if tune:
         _tune(where, tuple(dims), progress)
 
@@ -105,6 +112,24 @@ def _tune(device: Any, head_dims: tuple[int, ...], progress: Console) -> None:
     for key, config in bench.tuned_rows(device, head_dims, tokens=16384):
         path = save_tuned(architecture_of(device), {key: config})
         progress.print(f"{key}: {config}, kept in {path}", highlight=False, markup=False)
+
+
+def _calibrate(device: Any, dtypes: list[str], path: Path, as_json: bool, progress: Console) -> None:
+    """Fit a profile to this machine, write it, and say how far off it is."""
+    import torch
+
+    from pointillist.search.calibrate import calibrate
+
+    if len(dtypes) != 1:
+        raise ValueError(f"--dtype is {','.join(dtypes)}; --calibrate measures one")
+    profile = calibrate(
+        device, getattr(torch, dtypes[0]), lambda text: progress.print(f"measuring {text}", highlight=False)
+    )
+    profile.save(path)
+    if as_json:
+        print(json.dumps({"profile": str(path), "name": profile.name, "error": profile.error}, allow_nan=False))
+        return
+    print(f"{path}: {profile.name}; held-out shapes and densities are predicted within {profile.error:.1%} on average")
 
 
 def _heads(tokens: int, cuda: bool) -> int:

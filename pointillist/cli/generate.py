@@ -65,7 +65,7 @@ def command(
         pattern=pattern, density=density, options=tuple(option or ()), tail=tail, dense=dense, compare=compare,
         device=device, dtype=dtype, download=download,
     )  # fmt: skip
-    _quieten()
+    quieten()
     _hint_at_words(request)
     console = Console(stderr=True)
     with show_progress(console) as progress:
@@ -85,7 +85,7 @@ def _hint_at_words(request: GenerateRequest) -> None:
         )
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """Other libraries' notes would tear the progress lines apart."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging

@@ -117,17 +117,18 @@ def block_masses(
     """
     wide = torch.promote_types(q.dtype, torch.float32)
     batch, heads = q.shape[:2]
-    rows, columns = layout.query_block_of_place(batch, heads), layout.key_block_of_place(batch, heads)
-    q, k = in_order(q, layout.query_order), in_order(k, layout.key_order)
-    lse = in_order(lse[..., None], layout.query_order)[..., 0]
+    rows = layout.query_block_of_place(batch, heads)
+    sizes = layout.key_bounds.diff().long().expand(batch, heads, -1)[:, :, None]
+    q, k = in_order(q, layout.query_order), in_order(k, layout.key_order).to(wide)
+    lse = in_order(lse[..., None], layout.query_order)
     valid = valid_places(layout.k_len, layout.key_lengths, layout.key_order, k.device)
     masses = q.new_zeros(batch, heads, layout.query_blocks, layout.key_blocks, dtype=wide)
     step = max(1, SCORES_AT_ONCE // (batch * heads * layout.k_len))
     for part in (slice(start, start + step) for start in range(0, layout.q_len, step)):
-        weights = torch.exp(q[:, :, part].to(wide) @ k.to(wide).transpose(-1, -2) * scale - lse[:, :, part, None])
+        weights = ((q[:, :, part].to(wide) * scale) @ k.mT).sub_(lse[:, :, part]).exp_()
         if valid is not None:
             weights = weights.masked_fill(~valid[:, :, None], 0)
-        by_column = weights.new_zeros(*weights.shape[:3], layout.key_blocks)
-        by_column.scatter_add_(3, columns[:, :, None].expand_as(weights), weights)
+        lengths = sizes.expand(-1, -1, weights.shape[2], -1).contiguous()
+        by_column = torch.segment_reduce(weights, "sum", lengths=lengths, axis=3, unsafe=True)
         masses.scatter_add_(2, rows[:, :, part, None].expand_as(by_column), by_column)
     return masses / layout.query_bounds.diff().clamp(min=1)[..., None]

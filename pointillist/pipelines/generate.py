@@ -16,8 +16,6 @@ from pointillist.accel.schedule import Schedule
 from pointillist.pipelines.video import Clip, check_format, check_output, write_clips
 
 SPEEDS = ("exact", "quality", "balanced", "fast")
-SPEED_DENSITIES = {"quality": 0.35, "fast": 0.1}
-"""Density at the speeds other than exact (dense) and balanced (the plan's own)."""
 DENSE_SHARE = 0.15
 """Of the steps that stay dense with `--pattern`."""
 ASKED = ("shift", "device", "dtype", "speed", "plan", "pattern", "density", "options", "tail", "dense")
@@ -184,22 +182,16 @@ def prepare(request: GenerateRequest) -> tuple[Any, Any, dict[str, Any]]:
     if request.shift is not None:
         pipe.scheduler = _shifted(pipe.scheduler, request.shift)
     call["prompt"], call["negative_prompt"] = request.prompt, request.negative_prompt
-    return pipe, plan_of(request, pipe, call["num_inference_steps"]), call
+    return pipe, plan_of(request, call["num_inference_steps"]), call
 
 
-def plan_of(request: GenerateRequest, pipe: Any, steps: int) -> Any:
-    """What to hand to `accelerate`: "auto", "none", a path, or a plan."""
-    from pointillist.accel.choose_plan import choose_plan
-    from pointillist.accel.conflicts import targets_of
-
+def plan_of(request: GenerateRequest, steps: int) -> Plan | str:
+    """What to hand to `accelerate`: a plan, the path of one, or what it calls `auto`, `none` or a speed."""
     if request.pattern is not None:
         return request.uniform_plan(steps)
     if request.speed == "exact":
         return "none"
-    if request.speed in SPEED_DENSITIES:
-        plan = choose_plan("auto", targets_of(pipe)).plan
-        return "none" if plan is None else _at_density(plan, SPEED_DENSITIES[request.speed])
-    return request.plan or "auto"
+    return request.speed or request.plan or "auto"
 
 
 def _shifted(scheduler: Any, shift: float) -> Any:
@@ -208,20 +200,6 @@ def _shifted(scheduler: Any, shift: float) -> Any:
         if name in scheduler.config:
             return type(scheduler).from_config(scheduler.config, **{name: shift})
     raise ValueError(f"--shift is not possible: a {type(scheduler).__name__} has no shift")
-
-
-def _at_density(plan: Any, density: float) -> Any:
-    """The same plan with another density wherever it is sparse."""
-
-
-    def at_density(table: Any) -> Any:
-        return tuple(
-            tuple(rule if rule.pattern == "dense" else replace(rule, density=density) for rule in row) for row in table
-        )
-
-    stages = tuple(replace(stage, table=at_density(stage.table)) for stage in plan.stages)
-    name = f"{plan.name} at density {density:g}"
-    return replace(plan, name=name, table=at_density(plan.table), stages=stages)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,18 @@ class Point:
     measured_ssim: float | None = None
     chosen: bool = False
     """It is the plan in this file."""
+
+    @property
+    def predicted(self) -> tuple[float, float]:
+        """Speed-up and PSNR."""
+        return self.predicted_speedup, self.predicted_psnr
+
+    @property
+    def measured(self) -> tuple[float, float] | None:
+        """Likewise, if it was run."""
+        if self.measured_speedup is None or self.measured_psnr is None:
+            return None
+        return self.measured_speedup, self.measured_psnr
 
 
 @dataclass(frozen=True)
@@ -61,9 +74,17 @@ class SearchRecord:
 
     def save(self, plan: Plan, path: str | os.PathLike[str]) -> None:
         """Write the plan's file with this record in it."""
-        values = {name: value for name, value in asdict(self).items() if name not in TENSORS}
         tensors = {name: np.ascontiguousarray(getattr(self, name)) for name in TENSORS}
-        plan.save(path, tensors, {KEY: json.dumps(values, allow_nan=False)})
+        plan.save(path, tensors, {KEY: json.dumps(self.facts(), allow_nan=False)})
+
+    def facts(self) -> dict[str, Any]:
+        """All but the arrays, as a JSON object holds it."""
+        return {
+            "settings": self.settings,
+            "points": [vars(point) for point in self.points],
+            "seconds": self.seconds,
+            "boundaries": list(self.boundaries),
+        }
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SearchRecord | None:
@@ -77,6 +98,7 @@ class SearchRecord:
                     return None
                 tensors = {name: file.get_tensor(name) for name in TENSORS}
             values = json.loads(text)
+            json.dumps(values, allow_nan=False)  # refuses NaN and Infinity, which `loads` lets through
             values["points"] = tuple(Point(**point) for point in values["points"])
             values["boundaries"] = tuple(values["boundaries"])
             record = cls(**values, **tensors)
@@ -86,8 +108,9 @@ class SearchRecord:
         return record
 
     def _check(self, path: str | os.PathLike[str]) -> None:
-        """Raises PlanError unless all parts agree in their sizes and are numbers."""
-        buckets, layers, heads = (self.errors.shape + (0, 0, 0))[:3]
+        """Raises PlanError unless all parts agree in their sizes, and every value is one that a report can show."""
+        broken = f"{os.fspath(path)} holds a broken record of its search"
+        buckets, layers, heads = (*self.errors.shape, 0, 0, 0)[:3]
         cells = self.true_maps.shape[-1] if self.true_maps.ndim else 0
         wanted = {
             "errors": (buckets, layers, heads),
@@ -99,10 +122,39 @@ class SearchRecord:
         }
         for name, shape in wanted.items():
             tensor = getattr(self, name)
-            if tensor.shape != shape or tensor.dtype.kind != "f" or not np.isfinite(tensor).all():
+            right = tensor.shape == shape and tensor.size > 0 and tensor.dtype.kind == "f"
+            if not right or not np.isfinite(tensor).all() or (tensor < 0).any():
                 raise PlanError(
-                    f"{os.fspath(path)} holds a broken record of its search: {name} is {tensor.dtype} {tensor.shape}, "
-                    f"it must be finite floating numbers {shape}"
+                    f"{broken}: {name} is {tensor.dtype} {tensor.shape}, "
+                    f"it must be finite floating numbers, 0 or more, {shape}, and not empty"
                 )
         if len(self.boundaries) != buckets:
-            raise PlanError(f"{os.fspath(path)} holds {len(self.boundaries)} step buckets and errors for {buckets}")
+            raise PlanError(f"{broken}: it has {len(self.boundaries)} step buckets and errors for {buckets}")
+        if not all(_is_number(each) for each in self.boundaries) or not _descends_from_1(self.boundaries):
+            raise PlanError(f"{broken}: boundaries are {self.boundaries!r:.200}; they must descend from 1 to above 0")
+        if not isinstance(self.settings, dict):
+            raise PlanError(f"{broken}: settings are {self.settings!r:.200}; they must be an object")
+        if not isinstance(self.seconds, dict) or not all(_is_number(each) for each in self.seconds.values()):
+            raise PlanError(f"{broken}: seconds are {self.seconds!r:.200}; they must be numbers by phase")
+        for point in self.points:
+            _check_point(point, broken)
+
+
+def _check_point(point: Point, broken: str) -> None:
+    measured = (point.measured_speedup, point.measured_psnr, point.measured_ssim)
+    figures = (point.density, point.predicted_speedup, point.predicted_psnr, *measured)
+    is_text = isinstance(point.name, str) and isinstance(point.chosen, bool)
+    if not is_text or not all(_is_number(each) for each in figures[:3]):
+        raise PlanError(f"{broken}: a point of the curve is {point!r:.300}; its predictions must be numbers")
+    if not all(each is None or _is_number(each) for each in measured):
+        raise PlanError(
+            f"{broken}: a point of the curve is {point!r:.300}; what was measured must be numbers or absent"
+        )
+
+
+def _descends_from_1(shares: tuple[float, ...]) -> bool:
+    return shares[0] == 1 and shares[-1] > 0 and all(a > b for a, b in pairwise(shares))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300

@@ -14,6 +14,7 @@ from pointillist.accel.models import wan
 from pointillist.accel.patterns import PATTERNS
 from pointillist.accel.plan import Rule, Stage
 from pointillist.accel.schedule import Schedule
+from pointillist.search.record import SearchRecord
 
 PLAN = Plan(
     name="mine",
@@ -109,9 +110,10 @@ def test_any_bytes_give_a_plan_or_a_plan_error(tmp_path_factory, data):
 def test_the_embedded_models_plan_is_shipped_for_its_architecture():
     from train_embedded.transformer import build_transformer
 
-    assert wan.fingerprint(build_transformer()) in {plan.model for plan in shipped_plans()}
-    for path in Path(plans.__file__).parent.glob("*.json"):
-        assert Plan.load(path) in shipped_plans()
+    mine = [plan for plan in shipped_plans() if plan.model == wan.fingerprint(build_transformer())]
+    assert [plan.name for plan in mine if plan.name.endswith("balanced")]
+    for path in Path(plans.__file__).parent.glob("*.safetensors"):
+        assert SearchRecord.load(path) is not None
 
 
 @pytest.mark.parametrize("name", PATTERNS)
@@ -119,6 +121,15 @@ def test_a_uniform_plan_of_every_pattern_is_valid(name):
     plan = Plan.uniform(name, 0.3)
     assert Plan.from_json(plan.to_json()) == plan
     assert plan.tail in ("none", "pooled")
+
+
+def test_a_shorter_sequence_keeps_as_many_keys():
+    plan = Plan("made", ((Rule("pooled", 0.2), Rule("dense", 1.0), Rule("skip", 1.0)),), grid=(4, 10, 10))
+    rules = plan.rules(0)
+    assert plan.carried(rules, 400) == plan.carried(rules, 800) == rules
+    assert [rule.density for rule in plan.carried(rules, 200)] == [0.4, 1.0, 1.0]
+    assert plan.carried(rules, 50)[0].density == 1.0
+    assert [rule.pattern for rule in plan.carried(rules, 200)] == ["pooled", "dense", "skip"]
 
 
 def test_stages_take_over_at_their_sigma_and_transformer():

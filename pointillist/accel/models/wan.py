@@ -40,6 +40,11 @@ def heads(transformer: Any) -> int:
     return transformer.config.num_attention_heads
 
 
+def output_weight(attention: Any) -> torch.Tensor:
+    """[C, H·D]: the projection of all heads' outputs."""
+    return attention.to_out[0].weight
+
+
 def inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """`hidden_states` [B, C, F, H, W] and `timestep` [B] or [B, S] from the arguments of a forward call."""
     named = dict(zip(("hidden_states", "timestep"), args, strict=False)) | kwargs

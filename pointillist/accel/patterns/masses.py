@@ -79,6 +79,10 @@ def exact_masses(call: Call, blocks: Blocks) -> torch.Tensor:
 
     Keys beside the video's have their share of the softmax: a row sums to what is left for the video.
     """
+    return call.once(("masses", blocks), lambda: _masses(call, blocks))
+
+
+def _masses(call: Call, blocks: Blocks) -> torch.Tensor:
     tokens, pairs = blocks.order.shape[-1], blocks.count
     layout = BlockLayout.from_bounds(
         torch.zeros(1, 1, pairs, pairs, dtype=torch.bool, device=call.device),  # which pairs are kept means nothing

@@ -45,6 +45,8 @@ class Call:
     """Trained tensors of this site by name, for methods that are trained: see `accel/trained.py`."""
     hidden_states: torch.Tensor | None = None
     """[B, S, C]: what went into the attention module, where a method's trained gate needs it."""
+    shared: dict[Any, Any] = field(default_factory=dict)
+    """See `once`."""
     backend: str = "auto"
     """Of the kernels."""
     notes: Counter[str] = field(default_factory=Counter)
@@ -54,9 +56,20 @@ class Call:
     def device(self) -> torch.device:
         return self.q.device
 
-    @cached_property
+    @property
     def lse(self) -> torch.Tensor:
         """float32 [B, H, S]: the log-sum-exp of dense attention. A pass over all of q·k, so it is for calibration."""
+        return self.once("lse", self._lse)
+
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """`make()`, which is costly and the same for all patterns that look at these very q and k: made once."""
+        q, k, made = self.shared.get(key, (None, None, None))
+        if q is not self.q or k is not self.k:
+            made = make()
+            self.shared[key] = (self.q, self.k, made)
+        return made
+
+    def _lse(self) -> torch.Tensor:
         q_len, k_len = self.q.shape[2], self.k.shape[2]
         mask = torch.ones(1, 1, -(-q_len // LSE_BLOCK), 1, dtype=torch.bool, device=self.device)
         layout = BlockLayout.from_mask(mask, LSE_BLOCK, k_len, q_len, k_len, pairs=mask.numel())

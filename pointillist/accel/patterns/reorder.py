@@ -67,14 +67,18 @@ class Reorder(Pattern):
 
     def _choose_pairs(self, call: Call) -> None:
         if "axes" not in call.memory:
-            call.memory["axes"] = chosen_axes(call, self.alpha)
+            call.memory["axes"] = call.once(("axes", self.alpha), lambda: chosen_axes(call, self.alpha))
         blocks = self._blocks(call)
         scores = log_per_token(exact_masses(call, blocks), blocks)
         mask = choose(scores, blocks, blocks, self.density, self.rule)
         call.memory["step"], call.memory["mask"] = call.step, packed(mask)
 
     def _blocks(self, call: Call) -> Blocks:
-        order = six_orders(call.grid, call.device)[call.memory["axes"]]
+        axes = call.memory["axes"]
+        return call.once(("reordered", axes), lambda: self._reordered(call, axes))
+
+    def _reordered(self, call: Call, axes: torch.Tensor) -> Blocks:
+        order = six_orders(call.grid, call.device)[axes]
         bounds = uniform_bounds(order.shape[-1], call.block, call.device)[None, None]
         return Blocks(order, bounds, min(call.block, order.shape[-1]), uniform=True)
 

@@ -1,0 +1,160 @@
+"""`pointillist search`: from a model, a machine and a wish to a plan file."""
+
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(invoke_without_command=True, help="Find the plan that fits a model, a machine and a wish.")
+
+
+@app.callback()
+def search(
+    context: typer.Context,
+    output: Annotated[Path | None, typer.Option(help="The plan, FILE.safetensors.")] = None,
+    model: Annotated[str, typer.Option(help="embedded, a Hub id or a folder.")] = "embedded",
+    hardware: Annotated[
+        str, typer.Option(help="auto (this machine, measured), h100, rtx4090 … or a profile's FILE.json.")
+    ] = "auto",
+    target_speedup: Annotated[float | None, typer.Option(help="Denoising so many times as fast.")] = None,
+    min_psnr: Annotated[float | None, typer.Option(help="At least so many dB against dense clips.")] = None,
+    speed: Annotated[str, typer.Option(help="If neither is given: quality, balanced or fast.")] = "balanced",
+    prompts: Annotated[Path | None, typer.Option(help="Text file, a prompt in each line, to calibrate on.")] = None,
+    held_out: Annotated[Path | None, typer.Option(help="Likewise, to run plans on.")] = None,
+    verify: Annotated[bool, typer.Option(help="Run plans and correct predictions; without it they must do.")] = True,
+    stages: Annotated[bool, typer.Option("--stages", help="Choose anew for early, middle and late steps.")] = False,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Number of frames.")] = None,
+    shard: Annotated[
+        str | None, typer.Option(help="i/n: measure only part i of n; `search merge` makes the plan of all.")
+    ] = None,
+    folder: Annotated[
+        Path | None, typer.Option(help="For what is measured; OUTPUT.search by default. Resumes what is there.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, …")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    download: Annotated[bool, typer.Option("--download", help="Allow fetching a Hub id from the network.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Search a plan. What is measured is kept in a folder, and an interrupted search goes on there."""
+    if context.invoked_subcommand is not None:
+        return
+    output = _checked(output)
+    asked = {
+        "model": model, "hardware": hardware, "target_speedup": target_speedup, "min_psnr": min_psnr, "speed": speed,
+        "prompts": None if prompts is None else str(prompts), "held_out": None if held_out is None else str(held_out),
+        "verify": verify, "stages": stages, "steps": steps, "width": width, "height": height, "frames": frames,
+        "device": device, "dtype": dtype, "download": download,
+    }  # fmt: skip
+    _run(asked, output, folder or output.with_suffix(".search"), _parsed(shard), as_json)
+
+
+@app.command()
+def merge(
+    folder: Annotated[Path, typer.Argument(help="Where all shards of a search lie.")],
+    output: Annotated[Path | None, typer.Option(help="The plan, FILE.safetensors.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Make the plan of a search whose shards were measured by several processes or machines."""
+    from pointillist.search.errors import SearchError
+
+    output, request = _checked(output), folder / "request.json"
+    if not request.is_file():
+        raise SearchError(f"{folder} holds no search; give the folder that --shard wrote to")
+    _run(json.loads(request.read_text(encoding="utf-8")), output, folder, None, as_json, merging=True)
+
+
+def _run(
+    asked: dict[str, Any],
+    output: Path,
+    folder: Path,
+    shard: tuple[int, int] | None,
+    as_json: bool,
+    merging: bool = False,
+) -> None:
+    import torch
+
+    from pointillist.cli.generate import quieten
+    from pointillist.pipelines.load import load_pipeline
+    from pointillist.pipelines.search import machine, prepare_search, read_prompts
+    from pointillist.search.profile import write_text
+    from pointillist.search.wish import Wish
+
+    wish = Wish(asked["target_speedup"], asked["min_psnr"], asked["speed"])
+    prompts, held_out = (read_prompts(Path(asked[k])) if asked[k] else None for k in ("prompts", "held_out"))
+    quieten()
+    progress = _Progress(Console(stderr=True))
+    progress("loading the model", 0, 0)
+    kind = getattr(torch, asked["dtype"]) if asked["dtype"] else None
+    pipe = load_pipeline(asked["model"], dtype=kind, device=asked["device"], download=asked["download"])
+    call = {"num_inference_steps": asked["steps"], "width": asked["width"], "height": asked["height"]}
+    search, verify = prepare_search(
+        pipe,
+        folder,
+        prompts,
+        held_out if asked["verify"] else (),
+        progress,
+        asked["stages"],
+        num_frames=asked["frames"],
+        **call,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    if not merging:
+        write_text(folder / "request.json", json.dumps(asked))
+        if shard is not None:
+            search.measure(shard)
+            print(json.dumps({"folder": str(folder)}) if as_json else f"shard {shard[0] + 1} of {shard[1]}: {folder}")
+            return
+        search.measure()
+    profile, here = machine(asked["hardware"], search.study.dtype, pipe.device, progress)
+    found = search.find(wish, output.stem, profile, verify, here)
+    found.record.save(found.plan, output)
+    facts: dict[str, Any] = {
+        "output": str(output), "plan": found.plan.name, "predicted": found.plan.predicted,
+        "measured": found.plan.measured, "seconds": found.record.seconds, "folder": str(folder),
+    }  # fmt: skip
+    if as_json:
+        print(json.dumps(facts, allow_nan=False))
+        return
+    for what in ("predicted", "measured"):
+        figures = ", ".join(f"{name} {value:g}" for name, value in facts[what].items())
+        print(f"{what}: {figures or 'nothing'}")
+    print(f"{output}\nlook at it: pointillist plan show {output} --html {output.with_suffix('.html')}")
+
+
+def _checked(output: Path | None) -> Path:
+    if output is None:
+        raise ValueError("--output is missing; give a FILE.safetensors for the plan")
+    if output.suffix != ".safetensors" or output.is_dir():
+        raise ValueError(f"--output is {str(output)!r}; it must be a FILE.safetensors")
+    if not output.parent.is_dir():
+        raise ValueError(f"--output is {str(output)!r}, but there is no folder {str(output.parent)!r}; make it first")
+    return output
+
+
+def _parsed(shard: str | None) -> tuple[int, int] | None:
+    if shard is None:
+        return None
+    match = re.fullmatch(r"(\d{1,4})/(\d{1,4})", shard)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise ValueError(f"--shard is {shard!r}; it must be i/n with i from 1 to n, for example 1/3")
+    return int(match[1]) - 1, int(match[2])
+
+
+class _Progress:
+    """A line for each phase, and one that counts on a terminal."""
+
+    def __init__(self, console: Console) -> None:
+        self._console, self._phase = console, ""
+
+    def __call__(self, phase: str, done: int, of: int) -> None:
+        if phase != self._phase:
+            self._phase = phase
+            self._console.print(phase, highlight=False, markup=False)
+        if of and self._console.is_terminal:
+            self._console.print(f"  {done}/{of}", end="\r" if done < of else "\n", highlight=False)

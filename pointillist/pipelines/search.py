@@ -1,0 +1,196 @@
+"""The search as people ask for it: a model's name or a ready pipeline, prompts, a machine and a wish."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pointillist.search.find import Found, Search
+    from pointillist.search.study import Study
+
+EMBEDDED_PROMPTS = (
+    "a red circle moving right on white",
+    "a green star growing on navy",
+    "a blue square moving down on gray",
+    "a yellow triangle still on brown",
+)
+PROMPTS = (
+    "A cat walks across a sunny kitchen and jumps onto the table",
+    "Waves roll onto a rocky beach at dusk, the camera slowly rising",
+    "A cyclist rides through a busy street in the rain, seen from behind",
+    "A potter shapes a bowl on a spinning wheel, close-up of the hands",
+)
+"""Shipped prompts: the first is calibrated on, since what heads look at depends on it little; the next verifies."""
+CALIBRATION = 1
+DENSE_SHARE = 0.15
+"""Of the steps that are dense in any case: the first ones, which decide the layout of the picture."""
+MOST_PROMPTS = 64
+"""Each prompt to calibrate on costs two to three dense clips; more change nothing."""
+
+Progress = Callable[[str, int, int], None]
+
+
+def find_plan(
+    pipe: Any,
+    *,
+    prompts: tuple[str, ...] | None = None,
+    held_out: tuple[str, ...] | None = None,
+    target_speedup: float | None = None,
+    min_psnr: float | None = None,
+    speed: str = "balanced",
+    hardware: str | os.PathLike[str] = "auto",
+    folder: str | os.PathLike[str] | None = None,
+    name: str = "searched",
+    stages: bool = False,
+    progress: Progress = lambda phase, done, of: None,
+    **call: Any,
+) -> Found:
+    """Search a plan for a pipeline; the result's `plan` goes to `accelerate`, its `record` to reports.
+
+    Args:
+        pipe: a pipeline that `accelerate` takes, not accelerated and not compiled.
+        prompts: to calibrate on; by default a shipped set.
+        held_out: prompts on which plans are run, none of them calibrated on; () trusts predictions.
+        target_speedup: of denoising; or
+        min_psnr: dB against dense clips; or
+        speed: `quality`, `balanced` or `fast`, if neither is given.
+        hardware: `auto`, this machine, measured at the first search; or the name or path of a hardware profile.
+        stages: choose anew for every step bucket, in place of one table for all sparse steps.
+        folder: for what is measured; with one, an interrupted search goes on where it stopped.
+        call: arguments of the pipeline in place of its defaults, such as height or num_frames.
+
+    Raises:
+        SearchError: no plan can do what is wished, or something does not fit; says what.
+        ValueError: an argument that is not allowed.
+    """
+    from pointillist.search.wish import Wish
+
+    wish = Wish(target_speedup, min_psnr, speed)
+    with tempfile.TemporaryDirectory() as beside:
+        search, verify = prepare_search(pipe, Path(folder or beside), prompts, held_out, progress, stages, **call)
+        profile, here = machine(hardware, search.study.dtype, pipe.device, progress)
+        search.measure()
+        return search.find(wish, name, profile, verify, here)
+
+
+def prepare_search(
+    pipe: Any,
+    folder: Path,
+    prompts: tuple[str, ...] | None,
+    held_out: tuple[str, ...] | None,
+    progress: Progress,
+    stages: bool = False,
+    **call: Any,
+) -> tuple[Search, tuple[str, ...]]:
+    """The search, and the prompts to verify on."""
+    from pointillist.search.find import Search
+
+    shipped = shipped_prompts(pipe)
+    prompts = shipped[:CALIBRATION] if prompts is None else prompts
+    if held_out is None:
+        held_out = tuple(prompt for prompt in shipped if prompt not in prompts)[:1]
+    return Search(pipe, study_of(pipe, prompts, **call), folder, progress, stages), held_out
+
+
+def study_of(pipe: Any, prompts: tuple[str, ...], **call: Any) -> Study:
+    """What is measured of a pipeline. Raises ValueError and AccelerateError for what cannot be searched."""
+    from pointillist.accel.conflicts import targets_of
+    from pointillist.pipelines.load import check_size, defaults
+    from pointillist.search.candidates import TAILS, candidates
+    from pointillist.search.errors import SearchError
+    from pointillist.search.study import Study
+
+    check_prompts(prompts)
+    target = targets_of(pipe)[0]
+    sites = target.family.sites(target.transformer)
+    if not sites:
+        raise SearchError(f"{target.name} has no self-attention that could be sparse; there is nothing to search")
+    call = {**defaults(pipe), **{key: value for key, value in call.items() if value is not None}}
+    check_size(pipe, call["width"], call["height"], call["num_frames"])
+    steps, heads = call["num_inference_steps"], target.family.heads(target.transformer)
+    if steps < 2:
+        raise ValueError(f"{steps} steps cannot be searched: the first is dense, so there must be 2 or more")
+    return Study(
+        model=target.family.fingerprint(target.transformer),
+        layers=len(sites),
+        heads=heads,
+        head_dim=target.family.output_weight(sites[0][1]).shape[1] // heads,
+        prompts=prompts,
+        call=call,
+        rules=candidates(),
+        tails=TAILS,
+        steps=steps,
+        dense_steps=math.ceil(DENSE_SHARE * steps),
+        dtype=str(target.transformer.dtype).removeprefix("torch."),
+    )
+
+
+def machine(hardware: str | os.PathLike[str], dtype: str, device: Any, progress: Progress) -> tuple[Any, bool]:
+    """The hardware profile, and whether it is of this machine: `auto` is, and is measured once for each dtype."""
+    import torch
+
+    from pointillist.hardware.profile import load_profile
+    from pointillist.search.calibrate import calibrate
+
+    if os.fspath(hardware) != "auto":
+        return load_profile(hardware), False
+    path = _cache() / f"{_machine_name(device)}-{dtype}.json"
+    if path.exists():
+        return load_profile(path), True
+    profile = calibrate(
+        device, getattr(torch, dtype), lambda message: progress(f"measuring this machine: {message}", 0, 0)
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    profile.save(path)
+    return profile, True
+
+
+def shipped_prompts(pipe: Any) -> tuple[str, ...]:
+    """Prompts that suit a pipeline."""
+    from pointillist.pipelines.load import is_embedded
+
+    return EMBEDDED_PROMPTS if is_embedded(pipe) else PROMPTS
+
+
+def read_prompts(path: Path) -> tuple[str, ...]:
+    """The prompts of a text file, one in each line. Raises ValueError."""
+    if not path.is_file():
+        raise ValueError(f"there is no file {str(path)!r}; --prompts is a text file with one prompt in each line")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{str(path)!r} is not text in UTF-8: {error}") from error
+    prompts = tuple(dict.fromkeys(line.strip() for line in text.splitlines() if line.strip()))
+    check_prompts(prompts, str(path))
+    return prompts
+
+
+def check_prompts(prompts: tuple[str, ...], source: str = "prompts") -> None:
+    """Raises ValueError for none or too many."""
+    if not prompts:
+        raise ValueError(f"{source} holds no prompt; one or two are enough")
+    if len(prompts) > MOST_PROMPTS:
+        raise ValueError(
+            f"{source} holds {len(prompts)} prompts; allowed are up to {MOST_PROMPTS}, and two are enough: each costs "
+            "as much as two or three dense clips"
+        )
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pointillist" / "hardware"
+
+
+def _machine_name(device: Any) -> str:
+    import torch
+
+    from pointillist.hardware import detect
+
+    facts = detect()
+    about = [facts["processor"], facts["cores"], facts["gpus"], str(device), torch.get_num_threads()]
+    return hashlib.sha256(repr(about).encode()).hexdigest()[:12]

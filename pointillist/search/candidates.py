@@ -1,0 +1,33 @@
+"""What the search may choose for a head: patterns, a few of their options, and densities."""
+
+from pointillist.accel.patterns import PATTERNS
+from pointillist.accel.plan import Rule
+
+DENSITIES = (0.06, 0.15, 0.35)
+TAILS = ("pooled",)
+"""Tails that all heads of a plan share; each is searched by itself. Without one the error was always higher than with
+block means at the next lower density, which costs less (docs/patterns.md)."""
+DENSE = Rule("dense", 1.0)
+OPTIONS: dict[str, tuple[dict[str, str | int | float | bool], ...]] = {
+    "pooled": ({}, {"order": "tiles"}),
+    "masses": ({}, {"order": "tiles"}),
+    "semantic": ({"routing": "error"},),
+    "diagonal": ({}, {"order": "hwt"}),
+    "stripe": ({"by": "anchor"},),
+}
+"""Where a pattern's defaults are not all that is worth a try."""
+NO_CANDIDATES = ("dense", "skip", "random", "sla", "vsa", "seer")
+"""Those without a density, the control, and those that need trained weights."""
+
+
+def candidates(densities: tuple[float, ...] = DENSITIES) -> tuple[Rule, ...]:
+    """All rules; the first is dense."""
+    skips = (Rule("skip", 1.0), Rule("skip", 1.0, (("reuse", True),)))
+    sparse = (
+        Rule(name, density, tuple(sorted(options.items())))
+        for name in PATTERNS
+        if name not in NO_CANDIDATES
+        for options in OPTIONS.get(name, ({},))
+        for density in densities
+    )
+    return (DENSE, *skips, *sparse)

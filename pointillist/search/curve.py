@@ -1,0 +1,253 @@
+"""From what was recorded to plans: for every time budget the plan with the least predicted error."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import numpy as np
+import torch
+
+from pointillist.accel.plan import Plan, Rule, Stage
+from pointillist.accel.schedule import Schedule
+from pointillist.accel.tiles import Grid
+from pointillist.search.assign import OverBudget, Problem, assign
+from pointillist.search.cost_model import CostModel
+from pointillist.search.profile import Profile
+from pointillist.search.site_call import SiteShape
+from pointillist.search.study import Study
+
+RESIDUAL_MEMORY = 4 * 2**30
+"""Bytes that the residual of all sites and branches may take; else plans do without it."""
+SIDES = (0.85, 0.7, 0.55, 0.4, 0.3)
+"""Of a picture, at which a plan's crossover is looked for."""
+
+
+@dataclass(frozen=True)
+class DenseTimes:
+    """Seconds of one dense clip's denoising."""
+
+    attention: float
+    other: float
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A plan as the search sees it."""
+
+    tail: str
+    residual: bool
+    chosen: np.ndarray
+    """int64 [buckets, layers, heads]: candidates by number."""
+    error: float
+    """Predicted mean squared error of the clip."""
+    speedup: float
+    """Predicted, of denoising."""
+    density: float
+    """Mean over calls of the steps that are not dense by schedule."""
+
+    @property
+    def psnr(self) -> float:
+        """Predicted, dB."""
+        return 100.0 if self.error <= 1e-10 else -10 * math.log10(self.error)
+
+
+class Choices:
+    """All choices that the recorded errors and a cost model offer."""
+
+    def __init__(
+        self,
+        study: Study,
+        profile: Profile,
+        weights: np.ndarray,
+        model: CostModel,
+        dense: DenseTimes,
+        sigmas: tuple[float, ...],
+    ) -> None:
+        """
+        Args:
+            weights: [buckets, layers], mean squared error of the clip for each squared relative error of a site's.
+            sigmas: of the study's steps, noisiest first.
+        """
+        self.study, self.profile, self.weights, self.model, self.dense = study, profile, weights, model, dense
+        self._sigmas = sigmas
+        batch = 1 if profile.branches > 1 or study.call.get("guidance_scale", 1) <= 1 else 2
+        self._shape = SiteShape(profile.grid, batch, study.heads, study.head_dim)
+        self._calls = np.diff(study.edges) * profile.branches
+        prepare = [model.prepare(rule, self._shape, block=study.block) for rule in study.rules]
+        self._prepare = np.array(prepare)
+        """[candidates]: seconds that a head with it adds to the last dense step."""
+        self._residual = self._residual_bytes() <= RESIDUAL_MEMORY
+        self._problems = {(tail, self._residual): self._problem(tail, self._residual) for tail in study.tails}
+
+    @property
+    def dense_call(self) -> float:
+        """Predicted seconds of one dense attention call."""
+        return self.model.dense(self._shape)
+
+    def at_speedup(self, speedup: float) -> Choice:
+        """The least error at a predicted speed-up of denoising. Raises OverBudget: no plan is that fast."""
+        return self.at_attention((self.dense.attention + self.dense.other) / speedup - self.dense.other)
+
+    def at_attention(self, seconds: float) -> Choice:
+        """The least error whose attention takes at most so many seconds of a clip. Raises OverBudget."""
+        found: list[Choice] = []
+        least = math.inf
+        for (tail, residual), problem in self._problems.items():
+            try:
+                chosen = assign(problem, self.budget(seconds))
+                found.append(self._choice(tail, residual, problem, chosen))
+            except OverBudget as error:
+                least = min(least, (error.least + self._dense_steps_seconds()) * self._scale)
+        if not found:
+            raise OverBudget(seconds, least)
+        return min(found, key=lambda choice: choice.error)
+
+    def budget(self, seconds: float) -> float:
+        """What the cost model may predict for all sparse calls, if attention may take `seconds` of a clip."""
+        return seconds / self._scale - self._dense_steps_seconds()
+
+    def of(self, chosen: np.ndarray, tail: str = "pooled") -> Choice:
+        """A choice made elsewhere, [buckets, layers, heads], with its predictions."""
+        return self._choice(tail, self._residual, self.problem(tail), chosen.reshape(-1, chosen.shape[-1]))
+
+    def problem(self, tail: str = "pooled") -> Problem:
+        """What `assign` solves; places are the layers of the first bucket, then those of the second …"""
+        return self._problems[tail, self._residual]
+
+    def fastest(self) -> float:
+        """The greatest predicted speed-up of denoising."""
+        try:
+            self.at_attention(0.0)
+        except OverBudget as error:
+            return (self.dense.attention + self.dense.other) / (error.least + self.dense.other)
+        return (self.dense.attention + self.dense.other) / self.dense.other
+
+    def plan(self, choice: Choice, name: str, hardware: str) -> Plan:
+        """The plan of a choice: a stage for every bucket that differs from the one before."""
+        rules = self.study.rules
+        tables = [
+            tuple(_row(tuple(rules[index] for index in row)) for row in layers) for layers in choice.chosen.tolist()
+        ]
+        stages = [
+            Stage(table, below=self.share_before(first))
+            for (before, table), first in zip(pairwise(tables), self.study.edges[1:], strict=False)
+        ]
+        return Plan(
+            name=name,
+            table=tables[0],
+            stages=tuple(stages),
+            tail=choice.tail,
+            residual=choice.residual,
+            schedule=Schedule(dense_above=self.share_before(self.study.dense_steps)),
+            block=self.study.block,
+            break_even=False,
+            model=self.study.model,
+            grid=self.profile.grid,
+            hardware=hardware,
+            predicted={"psnr": round(choice.psnr, 3), "speedup": round(choice.speedup, 4)},
+        )
+
+    def call_seconds(self, choice: Choice) -> np.ndarray:
+        """[buckets, layers]: predicted seconds of one attention call under a choice."""
+        rules = self.study.rules
+        return np.array(
+            [
+                [self.site_seconds([rules[index] for index in row], choice.tail, choice.residual) for row in layers]
+                for layers in choice.chosen.tolist()
+            ]
+        )
+
+    def attention_seconds(self, choice: Choice) -> float:
+        """Predicted seconds of attention in a clip."""
+        sparse = (self.call_seconds(choice) * self._calls[:, None]).sum()
+        learning = self._prepare[choice.chosen].sum() * self.profile.branches
+        if choice.residual:  # what a sparse call loses is found out at the last dense step
+            is_sparse = (choice.chosen != 0).any(-1)
+            learning += (self.call_seconds(choice) * is_sparse).sum() * self.profile.branches
+        return float(sparse + learning + self._dense_steps_seconds()) * self._scale
+
+    def head_errors(self, choice: Choice) -> np.ndarray:
+        """[buckets, layers, heads]: the relative error of each head's output."""
+        errors = self.errors(choice.tail, choice.residual)
+        return np.sqrt(np.take_along_axis(errors, choice.chosen[..., None], -1)[..., 0])
+
+    def errors(self, tail: str, residual: bool) -> np.ndarray:
+        """[buckets, layers, heads, candidates]: squared relative errors."""
+        return self.profile.errors[:, :, :, self.study.tails.index(tail), int(residual)].permute(0, 1, 3, 2).numpy()
+
+    def site_seconds(
+        self, rules: Sequence[Rule], tail: str = "pooled", residual: bool = True, grid: Grid | None = None
+    ) -> float:
+        """Predicted seconds of a site's call, at the study's grid or another; one rule is for all heads."""
+        shape = self._shape if grid is None else replace(self._shape, grid=grid)
+        return self.model.site(rules, shape, tail=tail, residual=residual, block=self.study.block)
+
+    def crossover(self, plan: Plan) -> int:
+        """The fewest tokens at which `plan`, carried over to smaller pictures, is predicted to be faster than dense."""
+        frames, height, width = self.profile.grid
+        fewest = math.prod(self.profile.grid)
+        for side in SIDES:
+            grid = (frames, max(1, round(height * side)), max(1, round(width * side)))
+            tokens = math.prod(grid)
+            rows = [plan.carried(row, tokens) for table in plan.tables for row in table]
+            seconds = sum(self.site_seconds(row, plan.tail, plan.residual, grid) for row in rows) / len(rows)
+            if seconds >= self.model.dense(replace(self._shape, grid=grid)):
+                break
+            fewest = tokens
+        return fewest
+
+    def _problem(self, tail: str, residual: bool) -> Problem:
+        errors = self.errors(tail, residual) * self.weights[:, :, None, None]
+        buckets, layers, heads, _ = errors.shape
+        rules = self.study.rules
+        costs = [
+            self.model.rule(rule, self._shape, tail=tail, residual=residual, block=self.study.block) for rule in rules
+        ]
+        # what a call costs beside its heads' own shares: what is left of calls whose heads all have one rule
+        alone = [self.site_seconds([rule], tail, residual) for rule in rules]
+        rest = [
+            whole - self._shape.heads * cost.per_head - cost.fixed for whole, cost in zip(alone, costs, strict=True)
+        ]
+        sparse = max(0.0, min(rest[1:]))  # the first rule is dense, whose call is another
+        dense_calls = np.repeat(self._calls, layers).astype(float)
+        calls = dense_calls + (self.profile.branches if residual else 0)  # the loss is found by one call more
+        per_head = np.outer(calls, [cost.per_head for cost in costs]) + self._prepare * self.profile.branches
+        fixed = np.outer(calls, [cost.fixed for cost in costs])
+        return Problem(
+            errors.reshape(buckets * layers, heads, -1), per_head, fixed, calls * sparse, dense_calls * self.dense_call
+        )
+
+    def _residual_bytes(self) -> int:
+        """Of all sites, branches and buckets: as much as q each."""
+        tokens, itemsize = math.prod(self.profile.grid), torch.finfo(getattr(torch, self.study.dtype)).bits // 8
+        per_site = self._shape.batch * self.study.heads * tokens * self.study.head_dim * itemsize
+        return per_site * self.study.layers * self.profile.branches * len(self.weights)
+
+    def _choice(self, tail: str, residual: bool, problem: Problem, chosen: np.ndarray) -> Choice:
+        buckets, layers = self.weights.shape
+        choice = Choice(tail, residual, chosen.reshape(buckets, layers, -1), problem.error(chosen), 0.0, 0.0)
+        attention = self.attention_seconds(choice)
+        kept = np.array([rule.kept for rule in self.study.rules])[choice.chosen]
+        density = float(np.average(kept.mean((1, 2)), weights=self._calls))
+        total = self.dense.attention + self.dense.other
+        return Choice(tail, residual, choice.chosen, choice.error, total / (attention + self.dense.other), density)
+
+    @property
+    def _scale(self) -> float:
+        """Attention in a dense clip as it was measured over what is predicted: only ratios are taken from the model."""
+        return self.dense.attention / (self.study.steps * self.profile.branches * self.study.layers * self.dense_call)
+
+    def _dense_steps_seconds(self) -> float:
+        return self.study.dense_steps * self.profile.branches * self.study.layers * self.dense_call
+
+    def share_before(self, step: int) -> float:
+        """A share of the first sigma between those of a step and the one before it."""
+        if step == 0:
+            return 1.0
+        return round((self._sigmas[step - 1] + self._sigmas[step]) / 2 / self._sigmas[0], 6)
+
+
+def _row(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
+    """One rule for all heads where all have the same."""
+    return rules[:1] if len(set(rules)) == 1 else rules

@@ -1,0 +1,331 @@
+"""The search: from a ready pipeline, prompts and a wish to a plan.
+
+    1. record     dense runs of the calibration prompts; every candidate is tried at every site (`profile.py`)
+    2. weigh      how much an error at a place moves the clip (`sensitivity.py`)
+    3. choose     for each time budget the plan with the least predicted error (`curve.py`, `assign.py`)
+    4. verify     run plans on held-out prompts and correct the predictions until the wish holds (`wish.py`)
+
+What was measured lies in the search's folder, each part in a file of its own that is written at once and named by what
+it depends on. So a search that was interrupted goes on, and several machines may share the parts of one.
+"""
+
+import hashlib
+import json
+import math
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+
+from pointillist.accel.plan import Plan
+from pointillist.hardware.profile import HardwareProfile
+from pointillist.search.assign import OverBudget
+from pointillist.search.cost_model import CostModel
+from pointillist.search.curve import Choice, Choices, DenseTimes
+from pointillist.search.errors import SearchError
+from pointillist.search.profile import (
+    Pass,
+    Profile,
+    Progress,
+    file_of,
+    load,
+    passes,
+    read,
+    record,
+    write,
+    write_text,
+)
+from pointillist.search.record import Point, SearchRecord
+from pointillist.search.sensitivity import REFERENCE, TAIL, Playback, bucket_errors, record_playback
+from pointillist.search.site_call import SiteShape
+from pointillist.search.study import Study
+from pointillist.search.verify import Clip, Measured, against, clip
+from pointillist.search.wish import Try, Wish, correction, meet
+
+CURVE = (1.2, 1.4, 1.7, 2.0, 2.5, 3.0, 4.0)
+"""Speed-ups of attention of the points that are predicted for the Pareto curve."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A plan, and how it was found."""
+
+    plan: Plan
+    record: SearchRecord
+
+
+class Search:
+    """A search of one study in one folder; several processes may each measure a shard of it."""
+
+    def __init__(
+        self, pipe: Any, study: Study, folder: Path, progress: Progress = lambda *of: None, stages: bool = False
+    ) -> None:
+        """
+        Args:
+            stages: choose anew for every step bucket; else one table serves all sparse steps.
+        """
+        self.pipe, self.study, self.folder, self.progress, self.stages = pipe, study, folder, progress, stages
+
+    def measure(self, shard: tuple[int, int] = (0, 1)) -> None:
+        """Record what is missing of part i of n.
+
+        Raises:
+            SearchError: another process does the same here, the pipeline does not fit, or the disk is full.
+        """
+        jobs: list[Pass | None] = [*passes(self.study), None]
+        mine = jobs[shard[0] :: shard[1]]
+        playback = None
+        with self._alone(f"shard {shard[0] + 1} of {shard[1]}"):
+            for number, job in enumerate(mine, 1):
+                path = self._weights_file if job is None else file_of(self.folder, self.study, job)
+                if path.exists():
+                    continue
+                told = self._told(f"part {number} of {len(mine)}: ")
+                with self.spent("sensitivity" if job is None else "profile"):
+                    if job is None:
+                        self._measure_buckets(playback, told)
+                    elif job.prompt == 0:
+                        playback = record(self.pipe, self.study, job, path, told)
+                    else:
+                        record(self.pipe, self.study, job, path, told)
+
+    def find(self, wish: Wish, name: str, hardware: HardwareProfile, held_out: tuple[str, ...], here: bool) -> Found:
+        """The plan, from all that was recorded.
+
+        Args:
+            held_out: prompts to run plans on; if there are none, predictions must do.
+            here: `hardware` is this machine, so measured times count.
+
+        Raises:
+            SearchError: parts are missing, or no plan can do what is wished; says what can be had.
+        """
+        with self._alone("the choice"):
+            runs = Runs(self, held_out)
+            choices = self.choices(hardware, runs if here else None)
+            chosen, tries = meet(wish, choices, runs.of(choices, hardware.name) if held_out else None, here)
+            return self._found(choices, chosen, tries, wish, name, hardware, runs, here)
+
+    def _measure_buckets(self, playback: Playback | None, told: Callable[[str], Callable[[int], None]]) -> None:
+        if playback is None:
+            playback = record_playback(self.pipe, self.study, told("a dense clip"))
+        errors = bucket_errors(self.pipe, self.study, playback, told("how much errors of its steps move a clip"))
+        facts = {"seconds": playback.seconds, "flops": playback.flops, "sigmas": playback.sigmas}
+        write(self._weights_file, {"errors": torch.tensor(errors)}, {"dense": json.dumps(facts)})
+
+    @property
+    def _weights_file(self) -> Path:
+        return self.folder / f"weights-{self.study.digest('buckets')}.safetensors"
+
+    def choices(self, hardware: HardwareProfile, runs: "Runs | None") -> Choices:
+        """What there is to choose from; `runs` measures times on this machine, None has them predicted."""
+        profile = load(self.folder, self.study)
+        if not self._weights_file.exists():
+            raise SearchError(f"{self.folder} lacks the sensitivity; run the last shard, or the search without --shard")
+        tensors, about = read(self._weights_file)
+        facts = json.loads(about["dense"])
+        reference = self.study.rules.index(REFERENCE)
+        of_reference = profile.errors[:, :, reference, self.study.tails.index(TAIL), 0].sum(-1)
+        moved = (of_reference * profile.moved).sum(-1)
+        weights = (profile.moved * (tensors["errors"] / moved)[:, None]).double().numpy()
+        model = CostModel(hardware, getattr(torch, self.study.dtype))
+        study = self.study
+        if not self.stages:
+            study = replace(study, buckets=1)
+            profile = replace(profile, errors=profile.errors.mean(0, keepdim=True))
+            weights = weights.mean(0, keepdims=True)
+        times = predicted_times(model, study, profile, facts["flops"])
+        if runs is not None:
+            measured = DenseTimes(times.attention, max(0.0, facts["seconds"] - times.attention))
+            times = runs.dense_times() or measured
+        return Choices(study, profile, weights, model, times, tuple(facts["sigmas"]))
+
+    def _found(
+        self,
+        choices: Choices,
+        chosen: Choice,
+        tries: list[Try],
+        wish: Wish,
+        name: str,
+        hardware: HardwareProfile,
+        runs: "Runs",
+        here: bool,
+    ) -> Found:
+        more = correction(tries)
+        measured = next((each.measured for each in tries if each.choice is chosen), None)
+        plan = choices.plan(chosen, name, hardware.name)
+        predicted = {**plan.predicted, "psnr": round(chosen.psnr + more, 3)}
+        plan = replace(plan, predicted=predicted, min_tokens=choices.crossover(plan))
+        if measured is not None:
+            times = {"speedup": measured.speedup, "attention_speedup": measured.attention_speedup} if here else {}
+            figures = {**times, "psnr": measured.psnr, "ssim": measured.ssim, "density": measured.density}
+            plan = replace(plan, measured={key: round(value, 4) for key, value in figures.items()})
+        others = [
+            each for each in _curve(choices) if not any(np.array_equal(each.chosen, t.choice.chosen) for t in tries)
+        ]
+        points = [_point(each, None, more, here, each is chosen) for each in others]
+        points += [_point(each.choice, each.measured, more, here, each.choice is chosen) for each in tries]
+        if measured is None and not any(point.chosen for point in points):
+            points.append(_point(chosen, None, more, here, True))
+        settings = {
+            "model": self.study.model, "prompts": len(self.study.prompts), "held-out prompts": len(runs.prompts),
+            "steps": self.study.steps, "dense steps": self.study.dense_steps, "candidates": len(self.study.rules),
+            "tokens": math.prod(choices.profile.grid), "grid": list(choices.profile.grid), "wish": str(wish),
+            "hardware": hardware.name, "seed": self.study.seed, "dtype": self.study.dtype,
+            "torch": torch.__version__, "python": platform.python_version(),
+        }  # fmt: skip
+        edges = (0, *choices.study.edges[1:-1])
+        layers = self.study.layers
+        return Found(plan, SearchRecord(
+            settings=settings,
+            points=tuple(sorted(points, key=lambda point: point.predicted_speedup)),
+            seconds=self.bill(),
+            boundaries=tuple(choices.share_before(edge) for edge in edges),
+            errors=choices.head_errors(chosen).astype(np.float32),
+            sensitivity=(choices.weights / choices.weights.mean()).astype(np.float32),
+            dense_seconds=np.full(layers, choices.dense_call, np.float32),
+            plan_seconds=choices.call_seconds(chosen).astype(np.float32),
+            true_maps=choices.profile.maps.numpy().astype(np.float16),
+            kept_maps=_kept(choices, chosen).astype(np.float16),
+        ))  # fmt: skip
+
+    def bill(self) -> dict[str, float]:
+        """Seconds that the parts of this search took, whenever they ran."""
+        path = self.folder / "seconds.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+    @contextmanager
+    def spent(self, phase: str) -> Iterator[None]:
+        """What is done inside goes on the bill."""
+        start = time.perf_counter()
+        yield
+        bill = self.bill()
+        bill[phase] = round(bill.get(phase, 0.0) + time.perf_counter() - start, 2)
+        write_text(self.folder / "seconds.json", json.dumps(bill))
+
+    @contextmanager
+    def _alone(self, what: str) -> Iterator[None]:
+        """Raises SearchError if another process does `what` in this folder."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(self.folder / f"{what.replace(' ', '-')}.lock", timeout=0):
+                yield
+        except Timeout:
+            raise SearchError(
+                f"another search is doing {what} in {self.folder}; wait for it, or give another --folder"
+            ) from None
+
+    def _told(self, prefix: str) -> Callable[[str], Callable[[int], None]]:
+        def phase(name: str) -> Callable[[int], None]:
+            return lambda step: self.progress(prefix + name, step, self.study.steps)
+
+        return phase
+
+
+class Runs:
+    """Clips of the held-out prompts. What was measured of a plan is kept in the folder."""
+
+    def __init__(self, search: Search, prompts: tuple[str, ...]) -> None:
+        self.prompts = prompts
+        self._search = search
+        self._dense: dict[int, Clip] = {}
+
+    def dense_times(self) -> DenseTimes | None:
+        """Of one dense clip; None if there are no prompts."""
+        if not self.prompts:
+            return None
+        path = self._search.folder / f"dense-{self._search.study.digest('dense', self.prompts)}.json"
+        if not path.exists():
+            clips = [self._dense_clip(number) for number in range(len(self.prompts))]
+            attention, denoise = (
+                float(np.median([getattr(each, name) for each in clips])) for name in ("attention", "denoise")
+            )
+            write_text(path, json.dumps([attention, denoise - attention]))
+        return DenseTimes(*json.loads(path.read_text(encoding="utf-8")))
+
+    def of(self, choices: Choices, hardware: str) -> Callable[[Choice], Measured]:
+        """What runs a choice, or remembers it."""
+
+        def run(choice: Choice) -> Measured:
+            plan = choices.plan(choice, "a try", hardware)
+            digest = hashlib.sha256(plan.to_json().encode()).hexdigest()[:16]
+            path = self._search.folder / f"run-{self._search.study.digest(digest, self.prompts)}.json"
+            if not path.exists():
+                with self._search.spent("verification"):
+                    each = [self._measured(plan, number) for number in range(len(self.prompts))]
+                write_text(path, json.dumps([asdict(one) for one in each]))
+            return _median([Measured(**one) for one in json.loads(path.read_text(encoding="utf-8"))])
+
+        return run
+
+    def _measured(self, plan: Plan, number: int) -> Measured:
+        dense = self._dense_clip(number)
+        return against(dense, self._clip(plan, number, f"verifying at density {_density(plan):.2f}"))
+
+    def _dense_clip(self, number: int) -> Clip:
+        if number not in self._dense:
+            with self._search.spent("dense clips to verify"):
+                self._dense[number] = self._clip("none", number, "a dense clip to verify with")
+        return self._dense[number]
+
+    def _clip(self, plan: Plan | str, number: int, phase: str) -> Clip:
+        search = self._search
+        seed = search.study.seed + 1 + number  # noise that nothing was calibrated on
+        return clip(
+            search.pipe, search.study, plan, self.prompts[number],
+            lambda step: search.progress(phase, step, search.study.steps), seed,
+        )  # fmt: skip
+
+
+def predicted_times(model: CostModel, study: Study, profile: Profile, flops: float) -> DenseTimes:
+    """Of a dense clip on a machine that is not this one; `flops` are those of one forward pass beside self-attention,
+    taken to run as efficiently as dense attention."""
+    passes = study.steps * profile.branches
+    rate = model.profile.matmul_tflops[study.dtype] * 1e12 * model.profile.dense_efficiency
+    shape = SiteShape(profile.grid, 1, study.heads, study.head_dim)
+    return DenseTimes(passes * study.layers * model.dense(shape), passes * flops / rate)
+
+
+def _curve(choices: Choices) -> list[Choice]:
+    found = []
+    for speedup in CURVE:
+        try:
+            found.append(choices.at_attention(choices.dense.attention / speedup))
+        except OverBudget:
+            break
+    return found
+
+
+def _point(choice: Choice, measured: Measured | None, more: float, here: bool, chosen: bool) -> Point:
+    return Point(
+        name=f"density {choice.density:.2f}", density=choice.density, predicted_speedup=choice.speedup,
+        predicted_psnr=choice.psnr + more, measured_speedup=measured.speedup if measured and here else None,
+        measured_psnr=measured.psnr if measured else None, measured_ssim=measured.ssim if measured else None,
+        chosen=chosen,
+    )  # fmt: skip
+
+
+def _kept(choices: Choices, chosen: Choice) -> np.ndarray:
+    """[layers, heads, cells, cells]: what the plan keeps in its first bucket, in the call of the maps."""
+    kept = choices.profile.kept.numpy()
+    layers, heads = np.indices(chosen.chosen[0].shape)
+    return kept[layers, chosen.chosen[0], heads] / 255.0
+
+
+def _median(each: list[Measured]) -> Measured:
+    figures = {name: float(np.median([getattr(one, name) for one in each])) for name in MEDIANS}
+    return Measured(**figures, fallbacks=tuple(sorted({text for one in each for text in one.fallbacks})))
+
+
+MEDIANS = ("speedup", "attention_speedup", "psnr", "ssim", "density")
+
+
+def _density(plan: Plan) -> float:
+    kept = [rule.kept for table in plan.tables for row in table for rule in row]
+    return sum(kept) / len(kept)

@@ -1,0 +1,245 @@
+"""A whole search on a tiny pipeline: resumed, sharded, refused, and what its predictions are made of."""
+
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from pointillist.accel.accelerate import accelerate
+from pointillist.accel.plan import Plan, Rule
+from pointillist.hardware.profile import load_profile
+from pointillist.pipelines.load import load_pipeline
+from pointillist.pipelines.search import find_plan, study_of
+from pointillist.search import profile
+from pointillist.search.errors import SearchError
+from pointillist.search.find import Search
+from pointillist.search.record import SearchRecord
+from pointillist.search.sensitivity import REFERENCE
+from pointillist.search.wish import Wish
+
+RULES = (
+    Rule("dense", 1.0), Rule("skip", 1.0), Rule("skip", 1.0, (("reuse", True),)), REFERENCE, Rule("pooled", 0.5),
+    Rule("masses", 0.4), Rule("window", 0.4), Rule("semantic", 0.5),
+)  # fmt: skip
+CALL = {"height": 64, "width": 64, "num_frames": 9, "num_inference_steps": 6}
+PROMPTS = ("a red circle", "a circle on black")
+HELD_OUT = ("red on black",)
+HARDWARE = replace(load_profile("ryzen-7700x"), launch_us=0, row_us=0, batch_us=0, gather_ps=0, memory_gbs=1e6)
+"""A machine on which sparse attention pays at 48 tokens."""
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_folder):
+    return load_pipeline(str(tiny_folder))
+
+
+def make_study(tiny):
+    return replace(study_of(tiny, PROMPTS, **CALL), rules=RULES, block=8, tails=("pooled", "none"))
+
+
+def make_search(tiny, folder, stages=True):
+    return Search(tiny, make_study(tiny), folder, stages=stages)
+
+
+@pytest.fixture(scope="module")
+def measured(tiny, tmp_path_factory):
+    """The folder of a search whose measurements are complete."""
+    search = make_search(tiny, tmp_path_factory.mktemp("search"))
+    search.measure()
+    return search.folder
+
+
+def found(tiny, folder, wish=None, held_out=(), here=False):
+    return make_search(tiny, folder).find(wish or Wish(), "mine", HARDWARE, held_out, here)
+
+
+def test_the_plan_runs_and_its_file_holds_how_it_was_found(tiny, measured, tmp_path):
+    result = found(tiny, measured)
+    result.record.save(result.plan, tmp_path / "plan.safetensors")
+    plan = Plan.load(tmp_path / "plan.safetensors")
+    assert plan == result.plan and plan.model and plan.grid == (3, 4, 4)
+    record = SearchRecord.load(tmp_path / "plan.safetensors")
+    assert len(record.points) >= 5 and sum(point.chosen for point in record.points) == 1
+    assert record.errors.shape == (3, 2, 2)
+    with accelerate(tiny, plan) as handle:
+        tiny(prompt=PROMPTS[0], **CALL, output_type="latent", generator=torch.Generator().manual_seed(0))
+        report = handle.report()
+    assert report.steps == {"dense": 1, "sparse": 5, "cached": 0, "region": 0}
+    assert report.density == pytest.approx(next(p.density for p in record.points if p.chosen), abs=0.15)
+
+
+def test_sharded_and_merged_or_interrupted_and_resumed_it_is_the_same(tiny, measured, tmp_path, monkeypatch):
+    whole = found(tiny, measured).plan
+    sharded = make_search(tiny, tmp_path / "sharded")
+    for index in (2, 0):
+        sharded.measure((index, 3))
+    with pytest.raises(SearchError, match=r"lacks 1 of 2 parts of the profile"):
+        found(tiny, sharded.folder)
+    sharded.measure((1, 3))
+    assert found(tiny, sharded.folder).plan == whole
+
+    stopped = make_search(tiny, tmp_path / "stopped")
+    done = []
+
+    def interrupt(phase, step, of):
+        if "part 2" in phase and step == 4:
+            raise KeyboardInterrupt
+        done.append(phase)
+
+    stopped.progress = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        stopped.measure()
+    stopped.progress = lambda *of: done.append(of[0])
+    done.clear()
+    stopped.measure()
+    assert done and not any("part 1" in phase for phase in done)  # that part was kept
+    assert found(tiny, stopped.folder).plan == whole
+    assert not list(stopped.folder.glob(".*.safetensors*"))
+
+
+def test_recorded_errors_are_those_of_the_guided_output(tiny, measured):
+    """For heads that are skipped, or reused from the calibration step, by plain means."""
+    study = make_study(tiny)
+    prompt, bucket, layer = 0, 1, 1
+    step, calls, weights = study.bucket_steps[bucket], {}, profile.output_weights(tiny)
+    site = f"transformer.blocks.{layer}.attn1"
+
+    def keep(name, branch, at, q, k, v, out):
+        if name == site:
+            calls[branch, at] = out.clone()[0].transpose(0, 1).double()
+
+    with accelerate(tiny, "none") as handle:
+        handle.observe(keep)
+        generator = torch.Generator().manual_seed(study.seed)
+        tiny(prompt=PROMPTS[prompt], **study.call, output_type="latent", generator=generator)
+    weight = weights[site][1].double().unflatten(1, (2, 16))
+    guidance = study.call["guidance_scale"]
+
+    def guided(at):
+        return guidance * calls["cond", at] + (1 - guidance) * calls["uncond", at]
+
+    def squared(x):
+        return torch.einsum("hsd,chd->hsc", x, weight).square().sum((1, 2))
+
+    true = torch.einsum("hsd,chd->sc", calls["uncond", step], weight).square().sum()
+    one = profile.read(profile.file_of(measured, study, profile.passes(study)[prompt]))[0]["errors"]
+    assert torch.allclose(one[bucket, layer, 1, 0, 0], squared(guided(step)) / true, rtol=1e-3)
+    reused = squared(guided(study.calibration_step) - guided(step)) / true
+    assert torch.allclose(one[bucket, layer, 2, 0, 0], reused, rtol=0.03)
+    assert (one[:, :, 0] == 0).all()  # dense
+    assert (one[:, :, 1:] > 0).all()
+
+
+def test_the_weight_of_a_place_is_what_its_error_does_to_the_clip(tiny, measured):
+    """Predicted for the reference candidate in one bucket: by construction the measured error of that bucket."""
+    study = make_study(tiny)
+    choices = make_search(tiny, measured).choices(HARDWARE, None)
+    reference = np.full((3, 2, 2), RULES.index(REFERENCE))
+    plain = choices.errors("pooled", False)[..., RULES.index(REFERENCE)] * choices.weights[..., None]
+    for bucket, error in enumerate(profile.read(make_search(tiny, measured)._weights_file)[0]["errors"].tolist()):
+        assert plain[bucket].sum() == pytest.approx(error, rel=1e-6)
+        alone = np.where(np.arange(3)[:, None, None] == bucket, reference, 0)
+        assert 0 < choices.of(alone).error < 10 * error  # with the residual it is another
+    assert study.rules[0].pattern == "dense"
+
+
+def test_one_table_serves_all_steps_unless_stages_are_asked_for(tiny, measured):
+    plan = make_search(tiny, measured, stages=False).find(Wish(), "mine", HARDWARE, (), False).plan
+    assert plan.stages == () and plan.table
+    assert len(found(tiny, measured).record.boundaries) == 3
+
+
+def test_more_time_gives_less_error_and_dense_none(tiny, measured):
+    choices = make_search(tiny, measured).choices(HARDWARE, None)
+    errors = [choices.at_attention(choices.dense.attention / speedup).error for speedup in (1.6, 1.3, 1.1)]
+    assert errors == sorted(errors, reverse=True)
+    assert choices.at_attention(choices.dense.attention * 1.001).error == 0
+
+
+def test_a_least_psnr_holds_on_the_held_out_prompt(tiny, measured):
+    least = 30.0
+    result = found(tiny, measured, Wish(psnr=least), HELD_OUT)
+    assert result.plan.measured["psnr"] >= least
+    assert "speedup" not in result.plan.measured  # another machine's times were not measured here
+
+
+def test_wishes_that_cannot_be_met_say_what_can(tiny, measured):
+    with pytest.raises(SearchError, match=r"no plan makes denoising 900.00 times as fast: .* is the most"):
+        found(tiny, measured, Wish(speedup=900))
+    with pytest.raises(ValueError, match="exclude each other"):
+        Wish(speedup=2, psnr=30)
+    with pytest.raises(ValueError, match="allowed are quality, balanced, fast"):
+        Wish(speed="warp")
+    with pytest.raises(ValueError, match="it must be a number from 1"):
+        Wish(speedup=float("nan"))
+
+
+def test_two_searches_in_one_folder(tiny, tmp_path):
+    first, second = (make_search(tiny, tmp_path / "one") for _ in range(2))
+    with first._alone("shard 1 of 1"), pytest.raises(SearchError, match="another search is doing shard 1 of 1"):
+        second.measure()
+
+
+def test_a_broken_part_is_named(tiny, measured, tmp_path):
+    folder = tmp_path / "broken"
+    shutil.copytree(measured, folder)
+    part = next(folder.glob("profile-*.safetensors"))
+    part.write_bytes(part.read_bytes()[:100])
+    with pytest.raises(SearchError, match=f"{part.name} is broken: .* delete it"):
+        found(tiny, folder)
+
+
+def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(profile, "save_file", full)
+    with pytest.raises(SearchError, match="No space left on device; make room"):
+        profile.write(tmp_path / "x.safetensors", {"x": torch.zeros(1)}, {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_searched(tiny):
+    for changes, message in (
+        ({"num_inference_steps": 1}, "there must be 2 or more"),
+        ({"height": 60}, "height 60 is not possible"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            study_of(tiny, PROMPTS, **{**CALL, **changes})
+    with pytest.raises(ValueError, match="holds no prompt"):
+        study_of(tiny, (), **CALL)
+    with pytest.raises(ValueError, match="65 prompts; allowed are up to 64"):
+        study_of(tiny, tuple(map(str, range(65))), **CALL)
+
+
+def test_nothing_is_left_in_the_pipeline(tiny, measured):
+    assert "forward" not in vars(tiny.transformer)
+    latents = [
+        tiny(prompt=PROMPTS[0], **CALL, output_type="latent", generator=torch.Generator().manual_seed(3)).frames
+        for _ in range(2)
+    ]
+    assert torch.equal(*latents)
+
+
+def test_the_digest_names_everything_that_matters(tiny):
+    study = make_study(tiny)
+    others = [
+        replace(study, **change)
+        for change in ({"seed": 1}, {"block": 16}, {"rules": RULES[:-1]}, {"prompts": PROMPTS[:1]}, {"dtype": "x"})
+    ]
+    assert len({each.digest("a") for each in (study, *others)} | {study.digest("b")}) == 7
+
+
+def test_the_python_way(tiny, monkeypatch):
+    """And where sparse attention cannot pay, it says so instead of making a plan that is slower than dense."""
+    monkeypatch.setattr("pointillist.search.candidates.candidates", lambda: RULES)
+    with pytest.raises(SearchError, match="sparse attention does not pay here"):
+        find_plan(tiny, prompts=PROMPTS[:1], held_out=(), hardware="h100", speed="quality", **CALL)
+
+
+def test_steps_are_divided_into_buckets(tiny):
+    study = make_study(tiny)
+    assert study.edges == (1, 3, 4, 6) and study.bucket_steps == (1, 3, 4)
+    assert replace(study, steps=2).edges == (1, 2)
