@@ -82,7 +82,7 @@ def _map(part: SubFigure, plan: Plan, record: SearchRecord | None, sentence: str
         _panel(axes, run, colours, numbers=len(shown) * len(run.table[0]) <= 3 * NUMBERS and len(run.table) <= 14)
         axes.set_ylabel("layer" if run is shown[0] else "")
     handles = [Patch(facecolor=colour, label=name) for name, colour in colours.items()]
-    part.legend(handles=handles, loc="outside lower center", ncols=min(7, len(handles)), handlelength=1, handleheight=1)
+    part.legend(handles=handles, loc="outside lower center", ncols=min(6, len(handles)), handlelength=1, handleheight=1)
 
 
 def _panel(axes, run: Phase, colours: dict[str, str], numbers: bool) -> None:
