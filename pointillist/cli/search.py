@@ -80,12 +80,15 @@ def _run(
     import torch
 
     from pointillist.cli.generate import quieten
+    from pointillist.hardware.profile import load_profile
     from pointillist.pipelines.load import load_pipeline
     from pointillist.pipelines.search import machine, prepare_search, read_prompts
     from pointillist.search.profile import write_text
     from pointillist.search.wish import Wish
 
     wish = Wish(asked["target_speedup"], asked["min_psnr"], asked["speed"])
+    if asked["hardware"] != "auto":
+        load_profile(asked["hardware"])  # what is wrong is told before minutes are spent
     prompts, held_out = (read_prompts(Path(asked[k])) if asked[k] else None for k in ("prompts", "held_out"))
     quieten()
     progress = _Progress(Console(stderr=True))
