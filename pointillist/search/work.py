@@ -151,7 +151,7 @@ def rule_work(rule: Rule, grid: Grid, head_dim: int, way: Way, partner: Rule | N
 def prepare_work(rule: Rule, grid: Grid, head_dim: int, way: Way) -> Work:
     """What one head of `rule` does at the last dense step to learn from it; taken to grow with the tokens' square."""
     here = grid if math.prod(grid) <= LONGEST else shortened(grid, SHORTER[1])
-    call, counter = SiteCall((rule,), SiteShape(here, 1, 1, head_dim), way), Counter(way.backend)
+    call, counter = SiteCall((rule,), SiteShape(here, 1, 1, head_dim), way), Counter(way.backend, True)
     with torch.inference_mode(False), torch.no_grad():
         call.prepare(counter)
     return replace(counter.work * (math.prod(grid) / math.prod(here)) ** 2, operators=counter.work.operators)
@@ -232,10 +232,11 @@ SORTS = {"sort", "topk", "argsort", "kthvalue"}
 class Counter(TorchDispatchMode):
     """Counts what torch dispatches while it is entered; attention is counted from its layout and does not run."""
 
-    def __init__(self, backend: str) -> None:
+    def __init__(self, backend: str, learning: bool = False) -> None:
+        """`learning`: exponentials of whole attention matrices are taken outside of attention, and count."""
         super().__init__()
         self.work = Work()
-        self._backend = backend
+        self._backend, self._learning = backend, learning
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -246,6 +247,8 @@ class Counter(TorchDispatchMode):
         name = func._schema.name.partition("::")[2]
         if not func.is_view and name not in FREE:
             self.work += _operator_work(name, func, args, kwargs, out)
+        if self._learning and name in EXPONENTIALS:
+            self.work += Work(exps=out.numel())
         return out
 
 
@@ -267,7 +270,6 @@ def _operator_work(name: str, func: Any, args: tuple, kwargs: dict, out: Any) ->
         gathered=index.numel() if name in BY_NUMBER and index is not None else 0,
         flops=flops,
         sorted=inputs[0].numel() * math.log2(max(2, inputs[0].shape[-1])) if name in SORTS else 0,
-        exps=outputs[0].numel() if name in EXPONENTIALS else 0,
     )
 
 
