@@ -121,12 +121,15 @@ class Acceleration:
         """From now on, call `intercept(transformer, branch, step, compute)` in place of every call of a transformer, by
         its component name: `compute()` is the model's own forward pass, and what is returned is its output."""
         state = self._runtime.state
-        for target in self._targets:
 
-            def forward(original: Callable[..., Any], *args: Any, name: str = target.name, **kwargs: Any) -> Any:
+        def of(name: str) -> Callable[..., Any]:
+            def forward(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
                 return intercept(name, state.branch, state.step, lambda: original(*args, **kwargs))
 
-            self._undo.callback(wrap(target.transformer, "forward", forward))
+            return forward
+
+        for target in self._targets:
+            self._undo.callback(wrap(target.transformer, "forward", of(target.name)))
 
     def restore(self) -> None:
         """Undo everything: the next output is that of a pipeline never touched. May be called twice."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
@@ -17,6 +16,7 @@ from safetensors.numpy import save as to_safetensors
 
 from pointillist.accel.patterns import PATTERNS, pattern_class
 from pointillist.accel.schedule import Schedule
+from pointillist.files import write_whole
 
 SCHEMA = 1
 TAILS = ("none", "pooled", "rectified", "rescaled")
@@ -243,21 +243,12 @@ class Plan:
         tensors: Mapping[str, Any] | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> None:
-        """Write a plan file: to a temporary file beside it first, then renamed. Raises OSError.
+        """Write a plan file, whole or not at all. Raises OSError.
 
         `tensors` (NumPy arrays) and `metadata` are what else the file holds: how a search found the plan.
         """
-        path = Path(path)
         data = to_safetensors(dict(tensors or {}), metadata={**(metadata or {}), "pointillist.plan": self.to_json()})
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(data)
-            Path(temporary).chmod(0o644)
-            Path(temporary).replace(path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        write_whole(Path(path), data)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:

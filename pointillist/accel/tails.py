@@ -61,26 +61,18 @@ def remember_kept_mass(call: Call, laid: Laid, out: torch.Tensor) -> None:
 def attend_blocks(call: Call, laid: Laid, tail: str, query_blocks: torch.Tensor) -> torch.Tensor:
     """`attend` for a few query blocks of `laid` (int64 [n]) and with nothing remembered: rows of the others mean
     nothing. Blocks alone are what is computed with the tails `none` and `pooled`; the others take all of it."""
-    if tail == "pooled":
-        return attention_with_pooled_tail(
-            call.q, call.k, call.v, laid.layout, call.scale, call.backend, means=_own_means(call, laid),
-            query_blocks=query_blocks,
-        )  # fmt: skip
-    if tail != "none":
-        return _attend(call, laid, tail, "none")
-    out = block_sparse_attention(
-        call.q, call.k, call.v, laid.layout, call.scale, backend=call.backend, query_blocks=query_blocks
-    )
-    assert isinstance(out, torch.Tensor)
-    return out
+    return _attend(call, laid, tail, query_blocks=query_blocks if tail in ("none", "pooled") else None)
 
 
-def _attend(call: Call, laid: Laid, tail: str, quantized: str) -> torch.Tensor:
+def _attend(
+    call: Call, laid: Laid, tail: str, quantized: str = "none", query_blocks: torch.Tensor | None = None
+) -> torch.Tensor:
     if tail == "pooled":
-        return _with_means(call, laid, quantized)
+        return _with_means(call, laid, quantized, query_blocks)
     sparse = block_sparse_attention(
-        call.q, call.k, call.v, laid.layout, call.scale, backend=call.backend, quantized=quantized
-    )
+        call.q, call.k, call.v, laid.layout, call.scale, backend=call.backend, quantized=quantized,
+        query_blocks=query_blocks,
+    )  # fmt: skip
     assert isinstance(sparse, torch.Tensor)
     if tail == "rectified":
         return _rectified(call, laid, sparse)
@@ -89,12 +81,14 @@ def _attend(call: Call, laid: Laid, tail: str, quantized: str) -> torch.Tensor:
     return sparse
 
 
-def _with_means(call: Call, laid: Laid, quantized: str) -> torch.Tensor:
+def _with_means(call: Call, laid: Laid, quantized: str, query_blocks: torch.Tensor | None) -> torch.Tensor:
     """The kept pairs and the means of the others in one softmax."""
     q, k, v, layout = call.q, call.k, call.v, laid.layout
     if quantized == "none":
         means = _own_means(call, laid)
-        return attention_with_pooled_tail(q, k, v, layout, call.scale, backend=call.backend, means=means)
+        return attention_with_pooled_tail(
+            q, k, v, layout, call.scale, backend=call.backend, means=means, query_blocks=query_blocks
+        )
     means = _means(call, laid)  # the product with means stays in the tensors' own precision, so it is a pass of its own
     out, lse = block_sparse_attention(
         q, k, v, layout, call.scale, return_lse=True, backend=call.backend, quantized=quantized

@@ -11,6 +11,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from pointillist.files import write_whole
+
 app = typer.Typer(no_args_is_help=True, help="Measure this machine.")
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -93,9 +95,7 @@ def attention(
         result["rows"] += [asdict(row) for row in rows]
         result["absent"] |= {f"{each} ({length} tokens, {dim}, {name})": why for each, why in absent.items()}
         if output is not None:  # after every shape, so that an interruption loses one
-            beside = output.with_suffix(".tmp")
-            beside.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-            beside.replace(output)
+            write_whole(output, (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
     if as_json:
         print(json.dumps(result, allow_nan=False))
         return

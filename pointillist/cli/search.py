@@ -3,10 +3,16 @@
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+
+from pointillist.cli.progress import show_progress
+from pointillist.pipelines.generate import Event
+
+if TYPE_CHECKING:
+    from pointillist.search.find import Found
 
 app = typer.Typer(invoke_without_command=True, help="Find the plan that fits a model, a machine and a wish.")
 
@@ -83,40 +89,42 @@ def _run(
     from pointillist.hardware.profile import load_profile
     from pointillist.pipelines.load import load_pipeline
     from pointillist.pipelines.search import machine, prepare_search, read_prompts
-    from pointillist.search.profile import write_text
+    from pointillist.search.profile import write
     from pointillist.search.wish import Wish
 
     wish = Wish(asked["target_speedup"], asked["min_psnr"], asked["speed"])
     if asked["hardware"] != "auto":
         load_profile(asked["hardware"])  # what is wrong is told before minutes are spent
     prompts, held_out = (read_prompts(Path(asked[k])) if asked[k] else None for k in ("prompts", "held_out"))
-    quieten()
-    progress = _Progress(Console(stderr=True))
-    progress("loading the model", 0, 0)
+    held_out = held_out if asked["verify"] else ()
     kind = getattr(torch, asked["dtype"]) if asked["dtype"] else None
-    pipe = load_pipeline(asked["model"], dtype=kind, device=asked["device"], download=asked["download"])
-    call = {"num_inference_steps": asked["steps"], "width": asked["width"], "height": asked["height"]}
-    search, verify = prepare_search(
-        pipe,
-        folder,
-        prompts,
-        held_out if asked["verify"] else (),
-        progress,
-        asked["stages"],
-        num_frames=asked["frames"],
-        **call,
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    if not merging:
-        write_text(folder / "request.json", json.dumps(asked))
-        if shard is not None:
-            search.measure(shard)
-            print(json.dumps({"folder": str(folder)}) if as_json else f"shard {shard[0] + 1} of {shard[1]}: {folder}")
-            return
-        search.measure()
-    profile, here = machine(asked["hardware"], search.study.dtype, pipe.device, progress)
-    found = search.find(wish, output.stem, profile, verify, here)
-    found.record.save(found.plan, output)
+    size = {"width": asked["width"], "height": asked["height"], "num_frames": asked["frames"]}
+    quieten()
+    with show_progress(Console(stderr=True)) as show:
+
+        def progress(phase: str, step: int, steps: int) -> None:
+            show(Event(phase, step, steps))
+
+        progress("loading the model", 0, 0)
+        pipe = load_pipeline(asked["model"], dtype=kind, device=asked["device"], download=asked["download"])
+        search, verify = prepare_search(
+            pipe, folder, prompts, held_out, progress, asked["stages"], num_inference_steps=asked["steps"], **size
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        if not merging:
+            write(folder / "request.json", json.dumps(asked).encode())
+            search.measure(shard or (0, 1))
+        if shard is None:
+            profile, here = machine(asked["hardware"], search.study.dtype, pipe.device, progress)
+            found = search.find(wish, output.stem, profile, verify, here)
+            found.record.save(found.plan, output)
+    if shard is not None:
+        print(json.dumps({"folder": str(folder)}) if as_json else f"shard {shard[0] + 1} of {shard[1]}: {folder}")
+    else:
+        _tell(found, output, folder, as_json)
+
+
+def _tell(found: "Found", output: Path, folder: Path, as_json: bool) -> None:
     facts: dict[str, Any] = {
         "output": str(output), "plan": found.plan.name, "predicted": found.plan.predicted,
         "measured": found.plan.measured, "seconds": found.record.seconds, "folder": str(folder),
@@ -147,17 +155,3 @@ def _parsed(shard: str | None) -> tuple[int, int] | None:
     if match is None or not 1 <= int(match[1]) <= int(match[2]):
         raise ValueError(f"--shard is {shard!r}; it must be i/n with i from 1 to n, for example 1/3")
     return int(match[1]) - 1, int(match[2])
-
-
-class _Progress:
-    """A line for each phase, and one that counts on a terminal."""
-
-    def __init__(self, console: Console) -> None:
-        self._console, self._phase = console, ""
-
-    def __call__(self, phase: str, done: int, of: int) -> None:
-        if phase != self._phase:
-            self._phase = phase
-            self._console.print(phase, highlight=False, markup=False)
-        if of and self._console.is_terminal:
-            self._console.print(f"  {done}/{of}", end="\r" if done < of else "\n", highlight=False)

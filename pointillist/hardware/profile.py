@@ -5,11 +5,12 @@ Profiles are JSON files: those in `profiles/` ship, `pointillist bench attention
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
+
+from pointillist.files import write_whole
 
 FOLDER = Path(__file__).parent / "profiles"
 KINDS = ("cpu", "cuda", "rocm")
@@ -80,17 +81,8 @@ class HardwareProfile:
         return cls(**values)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the profile: to a temporary file beside it first, then renamed. Raises OSError."""
-        path = Path(path)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(self.to_json())
-            Path(temporary).chmod(0o644)
-            Path(temporary).replace(path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        """Write the profile, whole or not at all. Raises OSError."""
+        write_whole(Path(path), self.to_json().encode())
 
 
 def profile_names() -> tuple[str, ...]:

@@ -161,7 +161,7 @@ def shipped_prompts(pipe: Any) -> tuple[str, ...]:
 def read_prompts(path: Path) -> tuple[str, ...]:
     """The prompts of a text file, one in each line. Raises ValueError."""
     if not path.is_file():
-        raise ValueError(f"there is no file {str(path)!r}; --prompts is a text file with one prompt in each line")
+        raise ValueError(f"there is no file {str(path)!r}; give a text file with one prompt in each line")
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -174,10 +174,10 @@ def read_prompts(path: Path) -> tuple[str, ...]:
 def check_prompts(prompts: tuple[str, ...], source: str = "prompts") -> None:
     """Raises ValueError for none or too many."""
     if not prompts:
-        raise ValueError(f"{source} holds no prompt; one or two are enough")
+        raise ValueError(f"{source} holds no prompt; one is enough")
     if len(prompts) > MOST_PROMPTS:
         raise ValueError(
-            f"{source} holds {len(prompts)} prompts; allowed are up to {MOST_PROMPTS}, and two are enough: each costs "
+            f"{source} holds {len(prompts)} prompts; allowed are up to {MOST_PROMPTS}, and one is enough: each costs "
             "as much as two or three dense clips"
         )
 

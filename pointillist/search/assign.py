@@ -2,8 +2,9 @@
 
 A multiple-choice knapsack with set-up costs. At a price λ in error per second every site decides for itself, and one
 bisection finds the price at which the budget is spent (Lagrangian relaxation); what is left of the budget then buys
-the best single improvements. Within 1 % of the optimum on problems of this size (`tests/search/test_assign.py` has
-`scipy.optimize.milp` as its judge), in milliseconds instead of minutes.
+the best single improvements. On the problems of `tests/search/test_assign.py`, whose judge is `scipy.optimize.milp`,
+the error is above the optimum by 0.08 % in the median and 3.1 % at worst without set-up costs, by 1.1 % and 4.9 % with
+them; it takes milliseconds instead of minutes.
 
 Heads of a site with equal rules share what a rule costs once: choosing its pairs takes operators, whatever the heads.
 """
@@ -53,7 +54,7 @@ class OverBudget(ValueError):
 
 def assign(problem: Problem, budget: float) -> np.ndarray:
     """int64 [places, heads]: candidates whose seconds add up to at most `budget`. Raises OverBudget."""
-    if problem.dense.sum() <= budget and problem.errors.min() >= 0:
+    if problem.dense.sum() <= budget:
         return np.zeros(problem.errors.shape[:2], dtype=np.int64)
     low, high = 0.0, 1.0
     while problem.seconds(best := at_price(problem, high)).sum() > budget:

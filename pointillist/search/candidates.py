@@ -5,8 +5,8 @@ from pointillist.accel.plan import Rule
 
 DENSITIES = (0.06, 0.15, 0.35)
 TAILS = ("pooled",)
-"""Tails that all heads of a plan share; each is searched by itself. Without one the error was always higher than with
-block means at the next lower density, which costs less (docs/patterns.md)."""
+"""Tails that all heads of a plan share; each is searched by itself. Without one the error was higher than with block
+means at the next lower density in 95 of the 120 cases of docs/patterns.md, and in 113 that was not slower."""
 DENSE = Rule("dense", 1.0)
 OPTIONS: dict[str, tuple[dict[str, str | int | float | bool], ...]] = {
     "pooled": ({}, {"order": "tiles"}),

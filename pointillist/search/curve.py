@@ -71,8 +71,7 @@ class Choices:
         """
         self.study, self.profile, self.weights, self.model, self.dense = study, profile, weights, model, dense
         self._sigmas = sigmas
-        batch = 1 if profile.branches > 1 or study.call.get("guidance_scale", 1) <= 1 else 2
-        self._shape = SiteShape(profile.grid, batch, study.heads, study.head_dim)
+        self._shape = shape_of(study, profile)
         self._calls = np.diff(study.edges) * profile.branches
         prepare = [model.prepare(rule, self._shape, block=study.block) for rule in study.rules]
         self._prepare = np.array(prepare)
@@ -132,6 +131,7 @@ class Choices:
         stages = [
             Stage(table, below=self.share_before(first))
             for (before, table), first in zip(pairwise(tables), self.study.edges[1:], strict=False)
+            if table != before
         ]
         return Plan(
             name=name,
@@ -246,6 +246,12 @@ class Choices:
         if step == 0:
             return 1.0
         return round((self._sigmas[step - 1] + self._sigmas[step]) / 2 / self._sigmas[0], 6)
+
+
+def shape_of(study: Study, profile: Profile) -> SiteShape:
+    """Of one attention call: both guidance branches are in it where they do not come one after the other."""
+    batch = 1 if profile.branches > 1 or study.call.get("guidance_scale", 1) <= 1 else 2
+    return SiteShape(profile.grid, batch, study.heads, study.head_dim)
 
 
 def _row(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:

@@ -37,8 +37,8 @@ class Errors:
     projection, over that of all heads together, so that heads can be compared and added. The 2 are without and with
     the residual of the calibration step.
 
-    With guidance it is the error of the guided output, g·cond + (1 − g)·uncond: what both branches have too much
-    alike nearly cancels, and a pattern that chooses differently in them does more harm than its own error tells."""
+    With guidance it is the error of the guided output, g·cond + (1 − g)·uncond: what both branches have too much alike
+    counts once, where errors of their own are amplified by g and g − 1."""
 
     values: torch.Tensor
     kept: torch.Tensor | None
@@ -82,9 +82,9 @@ def evaluate(
         tries = _try(call, out, rule, tails, remembered, query_blocks, calibrate)
         if cells and tries.laid is not None:
             kept[index] = (kept_map(tries.laid.parts[0][1], cells) * 255).round().to(torch.uint8).cpu()
+        true = (out[:, :, tries.tokens].float() @ projections).sum(1).square().sum() / len(tries.tokens)
         for number, tail in enumerate(tails):
             difference = tries.differences[number]
-            true = (out[:, :, tries.tokens].float() @ projections).sum(1).square().sum() / len(tries.tokens)
             if calibrate:
                 remembered.step, remembered.lost[tail] = call.step, -difference.half()
             corrected = difference

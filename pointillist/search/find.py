@@ -16,19 +16,20 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
+from safetensors.torch import save as to_safetensors
 
 from pointillist.accel.plan import Plan
 from pointillist.hardware.profile import HardwareProfile
 from pointillist.search.assign import OverBudget
 from pointillist.search.cost_model import CostModel
-from pointillist.search.curve import Choice, Choices, DenseTimes
+from pointillist.search.curve import Choice, Choices, DenseTimes, shape_of
 from pointillist.search.errors import SearchError
 from pointillist.search.profile import (
     Pass,
@@ -40,11 +41,9 @@ from pointillist.search.profile import (
     read,
     record,
     write,
-    write_text,
 )
 from pointillist.search.record import Point, SearchRecord
 from pointillist.search.sensitivity import REFERENCE, TAIL, Playback, bucket_errors, record_playback
-from pointillist.search.site_call import SiteShape
 from pointillist.search.study import Study
 from pointillist.search.verify import Clip, Measured, against, clip
 from pointillist.search.wish import Try, Wish, correction, meet
@@ -117,7 +116,7 @@ class Search:
             playback = record_playback(self.pipe, self.study, told("a dense clip"))
         errors = bucket_errors(self.pipe, self.study, playback, told("how much errors of its steps move a clip"))
         facts = {"seconds": playback.seconds, "flops": playback.flops, "sigmas": playback.sigmas}
-        write(self._weights_file, {"errors": torch.tensor(errors)}, {"dense": json.dumps(facts)})
+        write(self._weights_file, to_safetensors({"errors": torch.tensor(errors)}, {"dense": json.dumps(facts)}))
 
     @property
     def _weights_file(self) -> Path:
@@ -185,7 +184,7 @@ class Search:
         return Found(plan, SearchRecord(
             settings=settings,
             points=tuple(sorted(points, key=lambda point: point.predicted_speedup)),
-            seconds=self.bill(),
+            seconds={**self.bill(), **({"dense clip": round(sum(astuple(choices.dense)), 2)} if here else {})},
             boundaries=tuple(choices.share_before(edge) for edge in edges),
             errors=choices.head_errors(chosen).astype(np.float32),
             sensitivity=(choices.weights / choices.weights.mean()).astype(np.float32),
@@ -207,7 +206,7 @@ class Search:
         yield
         bill = self.bill()
         bill[phase] = round(bill.get(phase, 0.0) + time.perf_counter() - start, 2)
-        write_text(self.folder / "seconds.json", json.dumps(bill))
+        write(self.folder / "seconds.json", json.dumps(bill).encode())
 
     @contextmanager
     def _alone(self, what: str) -> Iterator[None]:
@@ -246,7 +245,7 @@ class Runs:
             attention, denoise = (
                 float(np.median([getattr(each, name) for each in clips])) for name in ("attention", "denoise")
             )
-            write_text(path, json.dumps([attention, denoise - attention]))
+            write(path, json.dumps([attention, denoise - attention]).encode())
         return DenseTimes(*json.loads(path.read_text(encoding="utf-8")))
 
     def of(self, choices: Choices, hardware: str) -> Callable[[Choice], Measured]:
@@ -257,16 +256,14 @@ class Runs:
             digest = hashlib.sha256(plan.to_json().encode()).hexdigest()[:16]
             path = self._search.folder / f"run-{self._search.study.digest(digest, self.prompts)}.json"
             if not path.exists():
+                dense = [self._dense_clip(number) for number in range(len(self.prompts))]
+                phase = f"verifying at density {_density(plan):.2f}"
                 with self._search.spent("verification"):
-                    each = [self._measured(plan, number) for number in range(len(self.prompts))]
-                write_text(path, json.dumps([asdict(one) for one in each]))
+                    each = [against(one, self._clip(plan, number, phase)) for number, one in enumerate(dense)]
+                write(path, json.dumps([asdict(one) for one in each]).encode())
             return _median([Measured(**one) for one in json.loads(path.read_text(encoding="utf-8"))])
 
         return run
-
-    def _measured(self, plan: Plan, number: int) -> Measured:
-        dense = self._dense_clip(number)
-        return against(dense, self._clip(plan, number, f"verifying at density {_density(plan):.2f}"))
 
     def _dense_clip(self, number: int) -> Clip:
         if number not in self._dense:
@@ -288,8 +285,8 @@ def predicted_times(model: CostModel, study: Study, profile: Profile, flops: flo
     taken to run as efficiently as dense attention."""
     passes = study.steps * profile.branches
     rate = model.profile.matmul_tflops[study.dtype] * 1e12 * model.profile.dense_efficiency
-    shape = SiteShape(profile.grid, 1, study.heads, study.head_dim)
-    return DenseTimes(passes * study.layers * model.dense(shape), passes * flops / rate)
+    dense = model.dense(shape_of(study, profile))
+    return DenseTimes(passes * study.layers * dense, passes * flops / rate)
 
 
 def _curve(choices: Choices) -> list[Choice]:

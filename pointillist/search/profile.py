@@ -6,8 +6,6 @@ writes one file, named by what it holds; a pass whose file exists is not run aga
 
 import json
 import math
-import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as to_safetensors
 
 from pointillist.accel.accelerate import Acceleration, accelerate
 from pointillist.accel.blocks import blocks_in
@@ -23,6 +21,7 @@ from pointillist.accel.conflicts import targets_of
 from pointillist.accel.patterns.masses import exact_masses
 from pointillist.accel.patterns.pattern import Call
 from pointillist.accel.tiles import Grid
+from pointillist.files import write_whole
 from pointillist.search.errors import SearchError
 from pointillist.search.evaluate import TOKENS, Remembered, evaluate
 from pointillist.search.run import call_of, run
@@ -43,8 +42,8 @@ class Profile:
     """What was recorded of all prompts and layers."""
 
     errors: torch.Tensor
-    """float64 [buckets, layers, candidates, tails, 2, heads]: squared relative errors, means over prompts and branches;
-    see `evaluate.Errors`."""
+    """float64 [buckets, layers, candidates, tails, 2, heads]: squared relative errors of the guided output, means over
+    prompts; see `evaluate.Errors`."""
     maps: torch.Tensor
     """float32 [layers, heads, cells, cells]: where a head of the first prompt looks, by runs of tokens."""
     kept: torch.Tensor
@@ -113,8 +112,7 @@ class Recorder:
         self.playback = Playback()
         self._sites = weights
         self._known: dict[tuple[str, str], dict[Any, Remembered]] = {}
-        self._sums: dict[tuple[int, int], torch.Tensor] = {}
-        self._counts: dict[tuple[int, int], int] = {}
+        self._errors: dict[tuple[int, int], torch.Tensor] = {}
         self._maps: dict[int, torch.Tensor] = {}
         self._kept: dict[int, torch.Tensor] = {}
         self._branches: list[str] = []
@@ -151,10 +149,7 @@ class Recorder:
         )  # fmt: skip
         if not last:
             return None
-        bucket = study.bucket_steps.index(step)
-        here = (bucket, layer)
-        self._sums[here] = self._sums.get(here, 0) + errors.values
-        self._counts[here] = self._counts.get(here, 0) + 1
+        self._errors[study.bucket_steps.index(step), layer] = errors.values
         if errors.kept is not None:
             self._maps[layer], self._kept[layer] = attention_map(call), errors.kept
         return None
@@ -180,22 +175,20 @@ class Recorder:
     def save(self, path: Path) -> None:
         """Raises SearchError if the pipeline did not come by, OSError if the disk is full."""
         buckets = range(len(self.study.bucket_steps))
-        missing = [(b, layer) for b in buckets for layer in self.layers if (b, layer) not in self._sums]
+        missing = [(b, layer) for b in buckets for layer in self.layers if (b, layer) not in self._errors]
         if missing or self._grid is None:
             raise SearchError(
                 f"{len(missing)} of {len(buckets) * len(self.layers)} places saw no attention of the video; the "
                 "pipeline may have skipped steps or layers"
             )
-        errors = torch.stack(
-            [torch.stack([self._sums[b, layer] / self._counts[b, layer] for layer in self.layers]) for b in buckets]
-        )
+        errors = torch.stack([torch.stack([self._errors[b, layer] for layer in self.layers]) for b in buckets])
         maps = torch.stack([self._maps[layer] for layer in self.layers])
         about = {"grid": self._grid, "branches": len(self._branches)}
         kept = torch.stack([self._kept[layer] for layer in self.layers])
         tensors = {"errors": errors, "maps": maps, "kept": kept}
         if self._moved:
             tensors["moved"] = torch.tensor([[self._moved[b, layer] for layer in self.layers] for b in buckets])
-        write(path, tensors, {"about": json.dumps(about)})
+        write(path, to_safetensors(tensors, {"about": json.dumps(about)}))
 
 
 def attention_map(call: Call) -> torch.Tensor:
@@ -236,29 +229,12 @@ def load(folder: Path, study: Study) -> Profile:
     )
 
 
-def write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """A safetensors file, written beside its place and then renamed. Raises SearchError if the disk is full."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(descriptor)
+def write(path: Path, data: bytes) -> None:
+    """A part of a search, whole or not at all. Raises SearchError if the disk is full."""
     try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata=metadata)
-        Path(temporary).replace(path)
-    except (OSError, SafetensorError) as error:
-        raise SearchError(f"{path} cannot be written: {error}; make room and run the same command again") from error
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Likewise, text."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
+        write_whole(path, data)
     except OSError as error:
         raise SearchError(f"{path} cannot be written: {error}; make room and run the same command again") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -7,7 +7,6 @@ This file says what a report shows, in words and numbers. `report_page.py` draws
 from __future__ import annotations
 
 import os
-import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from itertools import groupby
@@ -16,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from pointillist.accel.plan import Plan, Rule, Table
+from pointillist.files import write_whole
 from pointillist.search.record import Point, SearchRecord
 
 NO_RECORD = (
@@ -96,7 +96,7 @@ def write_html(plan: Plan, record: SearchRecord | None, path: str | os.PathLike[
     target = check_target(path, ".html", "plotly")
     from pointillist.search.report_page import page
 
-    _write(target, page(plan, record).encode())
+    write_whole(target, page(plan, record).encode())
 
 
 def write_png(plan: Plan, record: SearchRecord | None, path: str | os.PathLike[str]) -> None:
@@ -104,7 +104,7 @@ def write_png(plan: Plan, record: SearchRecord | None, path: str | os.PathLike[s
     target = check_target(path, ".png", "matplotlib")
     from pointillist.search.report_picture import picture
 
-    _write(target, picture(plan, record))
+    write_whole(target, picture(plan, record))
 
 
 def check_target(path: str | os.PathLike[str], suffix: str, package: str) -> Path:
@@ -344,16 +344,3 @@ def _table(plan: Plan, share: float, transformer: str, layers: int, heads: int) 
 def _bucket(boundaries: tuple[float, ...], begin: float) -> tuple[int, ...]:
     """The step bucket that a step at sigma `begin` falls into, if there are any."""
     return tuple(i for i, boundary in enumerate(boundaries) if boundary >= begin)[-1:]
-
-
-def _write(path: Path, data: bytes) -> None:
-    """All or nothing: to a temporary file beside it, then renamed."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 import triton
 
+from pointillist.files import write_whole
+
 KINDS = ("uniform", "runs", "means", "int8", "padded")
 """Equal blocks; blocks of any size; with block means; INT8 queries and keys; any of these with padding, or with a head
 dimension that is no power of 2."""
@@ -113,15 +115,13 @@ def shipped() -> dict[str, dict[str, Config]]:
 
 
 def save_tuned(architecture: str, rows: dict[str, Config]) -> Path:
-    """Add measured rows to the user's file: written beside it, then renamed."""
+    """Add measured rows to the user's file."""
     path = user_file()
     known = _parsed(path.read_text(encoding="utf-8")) if path.exists() else {}
     known[architecture] = {**known.get(architecture, {}), **rows}
     text = {arch: {key: asdict(row) for key, row in each.items()} for arch, each in known.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".tmp")
-    beside.write_text(json.dumps(text, indent=1) + "\n", encoding="utf-8")
-    beside.replace(path)
+    write_whole(path, (json.dumps(text, indent=1) + "\n").encode())
     _tables.cache_clear()
     _row.cache_clear()
     return path
