@@ -13,9 +13,11 @@ from pointillist.accel.schedule import Schedule
 from pointillist.accel.tiles import Grid
 from pointillist.search.assign import OverBudget, Problem, assign
 from pointillist.search.cost_model import CostModel
+from pointillist.search.evaluate import KINDS
 from pointillist.search.profile import Profile
 from pointillist.search.site_call import SiteShape
 from pointillist.search.study import Study
+from pointillist.search.timeline import Timeline, periods, timeline
 
 RESIDUAL_MEMORY = 4 * 2**30
 """Bytes that the residual of all sites and branches may take; else plans do without it."""
@@ -37,8 +39,10 @@ class Choice:
 
     tail: str
     residual: bool
+    every: int
+    """Of the steps after the first dense ones, every n-th is dense; 0 is none."""
     chosen: np.ndarray
-    """int64 [buckets, layers, heads]: candidates by number."""
+    """int64 [stages, layers, heads]: candidates by number."""
     error: float
     """Predicted mean squared error of the clip."""
     speedup: float
@@ -50,6 +54,11 @@ class Choice:
     def psnr(self) -> float:
         """Predicted, dB."""
         return 100.0 if self.error <= 1e-10 else -10 * math.log10(self.error)
+
+    def same_as(self, other: "Choice") -> bool:
+        """Whether both are one plan."""
+        mine, others = ((each.tail, each.residual, each.every) for each in (self, other))
+        return mine == others and np.array_equal(self.chosen, other.chosen)
 
 
 class Choices:
@@ -63,21 +72,31 @@ class Choices:
         model: CostModel,
         dense: DenseTimes,
         sigmas: tuple[float, ...],
+        stages: bool = False,
     ) -> None:
         """
         Args:
             weights: [buckets, layers], mean squared error of the clip for each squared relative error of a site's.
             sigmas: of the study's steps, noisiest first.
+            stages: choose anew for every step bucket; else one table serves all sparse steps.
         """
         self.study, self.profile, self.weights, self.model, self.dense = study, profile, weights, model, dense
         self._sigmas = sigmas
         self._shape = shape_of(study, profile)
-        self._calls = np.diff(study.edges) * profile.branches
+        buckets = range(len(weights))
+        self.stages = tuple((bucket,) for bucket in buckets) if stages else (tuple(buckets),)
+        """The buckets that each table serves."""
         prepare = [model.prepare(rule, self._shape, block=study.block) for rule in study.rules]
         self._prepare = np.array(prepare)
-        """[candidates]: seconds that a head with it adds to the last dense step."""
+        """[candidates]: seconds that a head with it adds to a dense step that others learn from."""
         self._residual = self._residual_bytes() <= RESIDUAL_MEMORY
-        self._problems = {(tail, self._residual): self._problem(tail, self._residual) for tail in study.tails}
+        # without a residual there is nothing that a dense step in between makes young again
+        self._timelines = {every: timeline(study, every) for every in (periods(study) if self._residual else (0,))}
+        self._problems = {
+            (tail, every): self._problem(tail, self._timelines[every])
+            for tail in study.tails
+            for every in self._timelines
+        }
 
     @property
     def dense_call(self) -> float:
@@ -92,27 +111,27 @@ class Choices:
         """The least error whose attention takes at most so many seconds of a clip. Raises OverBudget."""
         found: list[Choice] = []
         least = math.inf
-        for (tail, residual), problem in self._problems.items():
+        for (tail, every), problem in self._problems.items():
             try:
-                chosen = assign(problem, self.budget(seconds))
-                found.append(self._choice(tail, residual, problem, chosen))
+                chosen = assign(problem, self.budget(seconds, every))
+                found.append(self._choice(tail, every, problem, chosen))
             except OverBudget as error:
-                least = min(least, (error.least + self._dense_steps_seconds()) * self._scale)
+                least = min(least, (error.least + self._dense_steps_seconds(every)) * self._scale)
         if not found:
             raise OverBudget(seconds, least)
         return min(found, key=lambda choice: choice.error)
 
-    def budget(self, seconds: float) -> float:
+    def budget(self, seconds: float, every: int = 0) -> float:
         """What the cost model may predict for all sparse calls, if attention may take `seconds` of a clip."""
-        return seconds / self._scale - self._dense_steps_seconds()
+        return seconds / self._scale - self._dense_steps_seconds(every)
 
-    def of(self, chosen: np.ndarray, tail: str = "pooled") -> Choice:
-        """A choice made elsewhere, [buckets, layers, heads], with its predictions."""
-        return self._choice(tail, self._residual, self.problem(tail), chosen.reshape(-1, chosen.shape[-1]))
+    def of(self, chosen: np.ndarray, tail: str = "pooled", every: int = 0) -> Choice:
+        """A choice made elsewhere, [stages, layers, heads], with its predictions."""
+        return self._choice(tail, every, self.problem(tail, every), chosen.reshape(-1, chosen.shape[-1]))
 
-    def problem(self, tail: str = "pooled") -> Problem:
-        """What `assign` solves; places are the layers of the first bucket, then those of the second …"""
-        return self._problems[tail, self._residual]
+    def problem(self, tail: str = "pooled", every: int = 0) -> Problem:
+        """What `assign` solves; places are the layers of the first stage, then those of the second …"""
+        return self._problems[tail, every]
 
     def fastest(self) -> float:
         """The greatest predicted speed-up of denoising."""
@@ -123,14 +142,14 @@ class Choices:
         return (self.dense.attention + self.dense.other) / self.dense.other
 
     def plan(self, choice: Choice, name: str, hardware: str) -> Plan:
-        """The plan of a choice: a stage for every bucket that differs from the one before."""
+        """The plan of a choice: a stage for every table that differs from the one before."""
         rules = self.study.rules
         tables = [
             tuple(_row(tuple(rules[index] for index in row)) for row in layers) for layers in choice.chosen.tolist()
         ]
         stages = [
             Stage(table, below=self.share_before(first))
-            for (before, table), first in zip(pairwise(tables), self.study.edges[1:], strict=False)
+            for (before, table), first in zip(pairwise(tables), self.edges[1:], strict=True)
             if table != before
         ]
         return Plan(
@@ -139,7 +158,7 @@ class Choices:
             stages=tuple(stages),
             tail=choice.tail,
             residual=choice.residual,
-            schedule=Schedule(dense_above=self.share_before(self.study.dense_steps)),
+            schedule=Schedule(dense_above=self.share_before(self.study.dense_steps), dense_every=choice.every),
             block=self.study.block,
             break_even=False,
             model=self.study.model,
@@ -148,8 +167,13 @@ class Choices:
             predicted={"psnr": round(choice.psnr, 3), "speedup": round(choice.speedup, 4)},
         )
 
+    @property
+    def edges(self) -> tuple[int, ...]:
+        """The first step of each stage."""
+        return tuple(self.study.edges[stage[0]] for stage in self.stages)
+
     def call_seconds(self, choice: Choice) -> np.ndarray:
-        """[buckets, layers]: predicted seconds of one attention call under a choice."""
+        """[stages, layers]: predicted seconds of one attention call under a choice."""
         rules = self.study.rules
         return np.array(
             [
@@ -160,21 +184,28 @@ class Choices:
 
     def attention_seconds(self, choice: Choice) -> float:
         """Predicted seconds of attention in a clip."""
-        sparse = (self.call_seconds(choice) * self._calls[:, None]).sum()
-        learning = self._prepare[choice.chosen].sum() * self.profile.branches
-        if choice.residual:  # what a sparse call loses is found out at the last dense step
+        calls, learning = self._calls(self._timelines[choice.every])
+        each = self.call_seconds(choice)
+        seconds = (each * calls[:, None]).sum() + (self._prepare[choice.chosen].sum((1, 2)) * learning).sum()
+        if choice.residual:  # what a sparse call loses is found out by one more
             is_sparse = (choice.chosen != 0).any(-1)
-            learning += (self.call_seconds(choice) * is_sparse).sum() * self.profile.branches
-        return float(sparse + learning + self._dense_steps_seconds()) * self._scale
+            seconds += (each * is_sparse * learning[:, None]).sum()
+        return float(seconds + self._dense_steps_seconds(choice.every)) * self._scale
 
     def head_errors(self, choice: Choice) -> np.ndarray:
-        """[buckets, layers, heads]: the relative error of each head's output."""
-        errors = self.errors(choice.tail, choice.residual)
-        return np.sqrt(np.take_along_axis(errors, choice.chosen[..., None], -1)[..., 0])
+        """[stages, layers, heads]: the relative error of each head's output."""
+        errors = self.errors(choice.tail, self._timelines[choice.every])
+        means = np.stack([errors[list(stage)].mean(0) for stage in self.stages])
+        return np.sqrt(np.take_along_axis(means, choice.chosen[..., None], -1)[..., 0])
 
-    def errors(self, tail: str, residual: bool) -> np.ndarray:
-        """[buckets, layers, heads, candidates]: squared relative errors."""
-        return self.profile.errors[:, :, :, self.study.tails.index(tail), int(residual)].permute(0, 1, 3, 2).numpy()
+    def errors(self, tail: str, steps: Timeline) -> np.ndarray:
+        """[buckets, layers, heads, candidates]: squared relative errors, means over the sparse steps of a timeline."""
+        recorded = self.profile.errors[:, :, :, self.study.tails.index(tail)].numpy()  # [.., candidates, kinds, heads]
+        kinds = {name: recorded[:, :, :, number].swapaxes(2, 3) for number, name in enumerate(KINDS)}
+        if not self._residual:
+            return kinds["plain"]
+        calibrated, recent = steps.ages.T[:, :, None, None, None]
+        return calibrated * kinds["since calibration"] + recent * kinds["since the bucket before"]
 
     def site_seconds(
         self, rules: Sequence[Rule], tail: str = "pooled", residual: bool = True, grid: Grid | None = None
@@ -197,10 +228,12 @@ class Choices:
             fewest = tokens
         return fewest
 
-    def _problem(self, tail: str, residual: bool) -> Problem:
-        errors = self.errors(tail, residual) * self.weights[:, :, None, None]
-        buckets, layers, heads, _ = errors.shape
-        rules = self.study.rules
+    def _problem(self, tail: str, steps: Timeline) -> Problem:
+        shares = steps.sparse / np.diff(self.study.edges)
+        errors = self.errors(tail, steps) * (self.weights * shares[:, None])[:, :, None, None]
+        summed = np.stack([errors[list(stage)].sum(0) for stage in self.stages])
+        stages, layers, heads, _ = summed.shape
+        rules, residual = self.study.rules, self._residual
         costs = [
             self.model.rule(rule, self._shape, tail=tail, residual=residual, block=self.study.block) for rule in rules
         ]
@@ -210,36 +243,42 @@ class Choices:
             whole - self._shape.heads * cost.per_head - cost.fixed for whole, cost in zip(alone, costs, strict=True)
         ]
         sparse = max(0.0, min(rest[1:]))  # the first rule is dense, whose call is another
-        dense_calls = np.repeat(self._calls, layers).astype(float)
-        calls = dense_calls + (self.profile.branches if residual else 0)  # the loss is found by one call more
-        per_head = np.outer(calls, [cost.per_head for cost in costs]) + self._prepare * self.profile.branches
-        fixed = np.outer(calls, [cost.fixed for cost in costs])
+        calls, learning = (np.repeat(each, layers).astype(float) for each in self._calls(steps))
+        all_calls = calls + (learning if residual else 0)  # the loss is found by one call more
+        per_head = np.outer(all_calls, [cost.per_head for cost in costs]) + np.outer(learning, self._prepare)
+        fixed = np.outer(all_calls, [cost.fixed for cost in costs])
         return Problem(
-            errors.reshape(buckets * layers, heads, -1), per_head, fixed, calls * sparse, dense_calls * self.dense_call
+            summed.reshape(stages * layers, heads, -1), per_head, fixed, all_calls * sparse, calls * self.dense_call
         )
 
+    def _calls(self, steps: Timeline) -> tuple[np.ndarray, np.ndarray]:
+        """[stages]: how many sparse calls a site has in each, and how many of its dense ones are learnt from."""
+        sparse = np.array([steps.sparse[list(stage)].sum() for stage in self.stages])
+        learning = np.array([steps.learning[list(stage)].max() for stage in self.stages])
+        return sparse * self.profile.branches, learning * self.profile.branches
+
     def _residual_bytes(self) -> int:
-        """Of all sites, branches and buckets: as much as q each."""
+        """Of all sites, branches and stages: as much as q each."""
         tokens, itemsize = math.prod(self.profile.grid), torch.finfo(getattr(torch, self.study.dtype)).bits // 8
         per_site = self._shape.batch * self.study.heads * tokens * self.study.head_dim * itemsize
-        return per_site * self.study.layers * self.profile.branches * len(self.weights)
+        return per_site * self.study.layers * self.profile.branches * len(self.stages)
 
-    def _choice(self, tail: str, residual: bool, problem: Problem, chosen: np.ndarray) -> Choice:
-        buckets, layers = self.weights.shape
-        choice = Choice(tail, residual, chosen.reshape(buckets, layers, -1), problem.error(chosen), 0.0, 0.0)
+    def _choice(self, tail: str, every: int, problem: Problem, chosen: np.ndarray) -> Choice:
+        shape = (len(self.stages), self.study.layers, -1)
+        choice = Choice(tail, self._residual, every, chosen.reshape(shape), problem.error(chosen), 0.0, 0.0)
         attention = self.attention_seconds(choice)
         kept = np.array([rule.kept for rule in self.study.rules])[choice.chosen]
-        density = float(np.average(kept.mean((1, 2)), weights=self._calls))
+        density = float(np.average(kept.mean((1, 2)), weights=self._calls(self._timelines[every])[0]))
         total = self.dense.attention + self.dense.other
-        return Choice(tail, residual, choice.chosen, choice.error, total / (attention + self.dense.other), density)
+        return replace(choice, speedup=total / (attention + self.dense.other), density=density)
 
     @property
     def _scale(self) -> float:
         """Attention in a dense clip as it was measured over what is predicted: only ratios are taken from the model."""
         return self.dense.attention / (self.study.steps * self.profile.branches * self.study.layers * self.dense_call)
 
-    def _dense_steps_seconds(self) -> float:
-        return self.study.dense_steps * self.profile.branches * self.study.layers * self.dense_call
+    def _dense_steps_seconds(self, every: int) -> float:
+        return self._timelines[every].dense * self.profile.branches * self.study.layers * self.dense_call
 
     def share_before(self, step: int) -> float:
         """A share of the first sigma between those of a step and the one before it."""

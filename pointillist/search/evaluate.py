@@ -1,7 +1,8 @@
 """How wrong every candidate makes every head of one attention call, on a few of its queries.
 
-No matrix of scores is ever kept. For each layer a search remembers, for every candidate, what the calibration step lost
-at the R sampled queries in both branches, and what the first branch of a step has too much: 8·H·R·D bytes.
+No matrix of scores is ever kept. For each layer a search remembers, for every candidate, what the calibration step and
+the last one lost at the R sampled queries in both branches, and what the first branch of a step has too much:
+14·H·R·D bytes.
 """
 
 from dataclasses import dataclass, field, replace
@@ -15,27 +16,37 @@ from pointillist.accel.patterns.pattern import Call, Selection
 from pointillist.accel.plan import Rule
 from pointillist.accel.tails import attend_blocks
 
+KINDS = ("plain", "since calibration", "since the bucket before")
+"""Of errors: without a residual, with that of the calibration step, with that of the last step that was looked at."""
+
 
 @dataclass
 class Remembered:
-    """What one candidate knows at one site and branch from the calibration step."""
+    """What one candidate knows at one site and branch from earlier steps."""
 
     memory: dict[Any, Any] = field(default_factory=dict)
-    """Of its pattern."""
-    step: int | None = None
-    """That step; None before it."""
-    lost: dict[str, torch.Tensor] = field(default_factory=dict)
-    """By tail: the dense output less the candidate's, at the sampled queries [B, H, R, D], in half precision."""
-    other: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
-    """By tail: what the step's first guidance branch has too much, without and with the residual, times its share in
-    the guided output."""
+    """Of its pattern, from the calibration step."""
+    calibrated: dict[str, "Lost"] = field(default_factory=dict)
+    """By tail: from the calibration step."""
+    recent: dict[str, "Lost"] = field(default_factory=dict)
+    """By tail: from the last step that was looked at."""
+    other: dict[str, torch.Tensor] = field(default_factory=dict)
+    """By tail: what the step's first guidance branch has too much, of each kind, times its share in the guided output;
+    half precision [kinds, B, H, R, D]."""
+
+
+@dataclass(frozen=True)
+class Lost:
+    """The dense output less a candidate's, at the sampled queries of a step: half precision [B, H, R, D]."""
+
+    step: int
+    output: torch.Tensor
 
 
 @dataclass(frozen=True)
 class Errors:
-    """Squared relative errors of one call, float64 [candidates, tails, 2, H]: of a head's output behind the output
-    projection, over that of all heads together, so that heads can be compared and added. The 2 are without and with
-    the residual of the calibration step.
+    """Squared relative errors of one call, float64 [candidates, tails, kinds, H]: of a head's output behind the output
+    projection, over that of all heads together, so that heads can be compared and added.
 
     With guidance it is the error of the guided output, g·cond + (1 − g)·uncond: what both branches have too much alike
     counts once, where errors of their own are amplified by g and g − 1."""
@@ -72,7 +83,7 @@ def evaluate(
     heads, dim = out.shape[1], out.shape[3]
     projections = weight.float().unflatten(1, (heads, dim)).permute(1, 2, 0)  # [H, D, C]
     grams = projections @ projections.mT
-    values = torch.zeros(len(rules), len(tails), 2, heads, dtype=torch.float64)
+    values = torch.zeros(len(rules), len(tails), len(KINDS), heads, dtype=torch.float64)
     kept = torch.zeros(len(rules), heads, cells, cells, dtype=torch.uint8)
     for index, rule in enumerate(rules):
         if rule.pattern == "dense":
@@ -83,22 +94,37 @@ def evaluate(
         if cells and tries.laid is not None:
             kept[index] = (kept_map(tries.laid.parts[0][1], cells) * 255).round().to(torch.uint8).cpu()
         true = (out[:, :, tries.tokens].float() @ projections).sum(1).square().sum() / len(tries.tokens)
-        for number, tail in enumerate(tails):
-            difference = tries.differences[number]
+        for tail, difference in zip(tails, tries.differences, strict=True):
+            each = share * _of_kinds(
+                difference, rule, call, remembered.calibrated.get(tail), remembered.recent.get(tail)
+            )
+            remembered.recent[tail] = Lost(call.step, -difference.half())
             if calibrate:
-                remembered.step, remembered.lost[tail] = call.step, -difference.half()
-            corrected = difference
-            if not calibrate and remembered.step is not None and rule.pattern != "skip":  # which has no residual
-                left = (call.steps - call.step) / (call.steps - remembered.step)  # as in `tails.py`
-                corrected = difference + left * remembered.lost[tail].float()
-            both = (share * difference, share * corrected)
+                remembered.calibrated[tail] = remembered.recent[tail]
             if first is not None:
-                before = first[rule].other.pop(tail)
-                both = (both[0] + before[0].float(), both[1] + before[1].float())
+                each = each + first[rule].other.pop(tail).float()
             elif not calibrate:
-                remembered.other[tail] = (both[0].half(), both[1].half())
-            values[index, number, 0], values[index, number, 1] = (_squared(each, grams, true) for each in both)
+                remembered.other[tail] = each.half()
+            values[index, tails.index(tail)] = torch.stack([_squared(kind, grams, true) for kind in each])
     return Errors(values, kept if cells else None)
+
+
+def _of_kinds(
+    difference: torch.Tensor, rule: Rule, call: Call, calibrated: Lost | None, recent: Lost | None
+) -> torch.Tensor:
+    """What a candidate has too much when nothing is added, and when what was lost at either step is: [kinds, …].
+
+    A head that is skipped has no residual; one that is reused is one that is skipped, with all that this loses.
+    """
+    reused = rule.pattern == "skip" and bool(dict(rule.options).get("reuse"))
+
+    def with_lost(lost: Lost | None) -> torch.Tensor:
+        if lost is None or (rule.pattern == "skip" and not reused):
+            return difference
+        left = 1.0 if reused else (call.steps - call.step) / (call.steps - lost.step)  # as in `tails.py`
+        return difference + left * lost.output.float()
+
+    return torch.stack([with_lost(calibrated) if reused else difference, with_lost(calibrated), with_lost(recent)])
 
 
 def _squared(difference: torch.Tensor, grams: torch.Tensor, true: torch.Tensor) -> torch.Tensor:
@@ -125,7 +151,8 @@ def _try(
     calibrate: bool,
 ) -> _Tries:
     if rule.pattern == "skip":
-        return _skipped(call, out, rule, tails, remembered, calibrate)
+        tokens = _some_tokens(out.shape[2], call)  # nothing is computed, so any queries will do
+        return _Tries(tokens, (-out[:, :, tokens].float(),) * len(tails))
     pattern = pattern_for(rule.pattern, rule.density, rule.options, call.grid, call.segments, call.block)
     group = Group(pattern)
     call = replace(call, memory=remembered.memory)
@@ -136,20 +163,6 @@ def _try(
     true = out[:, :, tokens].float()
     found = (attend_blocks(call, laid, tail, blocks)[:, :, tokens].float() - true for tail in tails)
     return _Tries(tokens, tuple(found), laid)
-
-
-def _skipped(
-    call: Call, out: torch.Tensor, rule: Rule, tails: tuple[str, ...], remembered: Remembered, calibrate: bool
-) -> _Tries:
-    """Nothing is computed, so any queries will do: the output is 0 or the calibration step's."""
-    tokens = _some_tokens(out.shape[2], call)
-    rows = out[:, :, tokens].float()
-    instead = torch.zeros_like(rows)
-    if dict(rule.options).get("reuse"):
-        if calibrate:
-            remembered.memory["output"] = rows.half()
-        instead = remembered.memory.get("output", instead).float()
-    return _Tries(tokens, (instead - rows,) * len(tails))
 
 
 def kept_map(selection: Selection, cells: int) -> torch.Tensor:

@@ -31,6 +31,7 @@ from pointillist.search.assign import OverBudget
 from pointillist.search.cost_model import CostModel
 from pointillist.search.curve import Choice, Choices, DenseTimes, shape_of
 from pointillist.search.errors import SearchError
+from pointillist.search.evaluate import KINDS
 from pointillist.search.profile import (
     Pass,
     Profile,
@@ -129,21 +130,16 @@ class Search:
             raise SearchError(f"{self.folder} lacks the sensitivity; run the last shard, or the search without --shard")
         tensors, about = read(self._weights_file)
         facts = json.loads(about["dense"])
-        reference = self.study.rules.index(REFERENCE)
-        of_reference = profile.errors[:, :, reference, self.study.tails.index(TAIL), 0].sum(-1)
+        reference, tail = self.study.rules.index(REFERENCE), self.study.tails.index(TAIL)
+        of_reference = profile.errors[:, :, reference, tail, KINDS.index("plain")].sum(-1)
         moved = (of_reference * profile.moved).sum(-1)
         weights = (profile.moved * (tensors["errors"] / moved)[:, None]).double().numpy()
         model = CostModel(hardware, getattr(torch, self.study.dtype))
-        study = self.study
-        if not self.stages:
-            study = replace(study, buckets=1)
-            profile = replace(profile, errors=profile.errors.mean(0, keepdim=True))
-            weights = weights.mean(0, keepdims=True)
-        times = predicted_times(model, study, profile, facts["flops"])
+        times = predicted_times(model, self.study, profile, facts["flops"])
         if runs is not None:
             measured = DenseTimes(times.attention, max(0.0, facts["seconds"] - times.attention))
             times = runs.dense_times() or measured
-        return Choices(study, profile, weights, model, times, tuple(facts["sigmas"]))
+        return Choices(self.study, profile, weights, model, times, tuple(facts["sigmas"]), self.stages)
 
     def _found(
         self,
@@ -165,30 +161,28 @@ class Search:
             times = {"speedup": measured.speedup, "attention_speedup": measured.attention_speedup} if here else {}
             figures = {**times, "psnr": measured.psnr, "ssim": measured.ssim, "density": measured.density}
             plan = replace(plan, measured={key: round(value, 4) for key, value in figures.items()})
-        others = [
-            each for each in _curve(choices) if not any(np.array_equal(each.chosen, t.choice.chosen) for t in tries)
-        ]
+        others = [each for each in _curve(choices) if not any(each.same_as(one.choice) for one in tries)]
         points = [_point(each, None, more, here, each is chosen) for each in others]
         points += [_point(each.choice, each.measured, more, here, each.choice is chosen) for each in tries]
         if measured is None and not any(point.chosen for point in points):
             points.append(_point(chosen, None, more, here, True))
         settings = {
             "model": self.study.model, "prompts": len(self.study.prompts), "held-out prompts": len(runs.prompts),
-            "steps": self.study.steps, "dense steps": self.study.dense_steps, "candidates": len(self.study.rules),
+            "steps": self.study.steps, "dense steps": self.study.dense_steps, "then dense every": chosen.every,
+            "candidates": len(self.study.rules),
             "tokens": math.prod(choices.profile.grid), "grid": list(choices.profile.grid), "wish": str(wish),
             "hardware": hardware.name, "seed": self.study.seed, "dtype": self.study.dtype,
             "torch": torch.__version__, "python": platform.python_version(),
         }  # fmt: skip
-        edges = (0, *choices.study.edges[1:-1])
-        layers = self.study.layers
+        weights = np.stack([choices.weights[list(stage)].sum(0) for stage in choices.stages])
         return Found(plan, SearchRecord(
             settings=settings,
             points=tuple(sorted(points, key=lambda point: point.predicted_speedup)),
             seconds={**self.bill(), **({"dense clip": round(sum(astuple(choices.dense)), 2)} if here else {})},
-            boundaries=tuple(choices.share_before(edge) for edge in edges),
+            boundaries=tuple(choices.share_before(edge) for edge in (0, *choices.edges[1:])),
             errors=choices.head_errors(chosen).astype(np.float32),
-            sensitivity=(choices.weights / choices.weights.mean()).astype(np.float32),
-            dense_seconds=np.full(layers, choices.dense_call, np.float32),
+            sensitivity=(weights / weights.mean()).astype(np.float32),
+            dense_seconds=np.full(self.study.layers, choices.dense_call, np.float32),
             plan_seconds=choices.call_seconds(chosen).astype(np.float32),
             true_maps=choices.profile.maps.numpy().astype(np.float16),
             kept_maps=_kept(choices, chosen).astype(np.float16),

@@ -42,8 +42,8 @@ class Profile:
     """What was recorded of all prompts and layers."""
 
     errors: torch.Tensor
-    """float64 [buckets, layers, candidates, tails, 2, heads]: squared relative errors of the guided output, means over
-    prompts; see `evaluate.Errors`."""
+    """float64 [buckets, layers, candidates, tails, kinds, heads]: squared relative errors of the guided output, means
+    over prompts; see `evaluate.Errors`."""
     maps: torch.Tensor
     """float32 [layers, heads, cells, cells]: where a head of the first prompt looks, by runs of tokens."""
     kept: torch.Tensor
@@ -67,7 +67,7 @@ class Pass:
 def passes(study: Study) -> list[Pass]:
     """All dense runs of a study: as many layers at once as memory allows."""
     rows = max(study.query_blocks * study.block, TOKENS)
-    per_layer = 8 * len(study.rules) * len(study.tails) * study.heads * rows * study.head_dim
+    per_layer = 14 * len(study.rules) * len(study.tails) * study.heads * rows * study.head_dim
     at_once = max(1, MEMORY // per_layer)
     layers = range(study.layers)
     chunks = [tuple(layers[first : first + at_once]) for first in range(0, study.layers, at_once)]

@@ -84,7 +84,7 @@ def meet(wish: Wish, choices: Choices, run: Run | None, timed: bool) -> tuple[Ch
         if good and (wish.psnr is None or len(tries) > RUNS or good[-1].measured.psnr < wish.psnr + PSNR_TOLERANCE):
             break
         choice = _choose(wish, choices, tries, timed)
-        if any(np.array_equal(choice.chosen, each.choice.chosen) for each in tries):
+        if any(choice.same_as(each.choice) for each in tries):
             break
     if run is None:
         return choice, tries

@@ -18,6 +18,7 @@ from pointillist.search.errors import SearchError
 from pointillist.search.find import Search
 from pointillist.search.record import SearchRecord
 from pointillist.search.sensitivity import REFERENCE
+from pointillist.search.timeline import timeline
 from pointillist.search.wish import Wish
 
 RULES = (
@@ -67,7 +68,8 @@ def test_the_plan_runs_and_its_file_holds_how_it_was_found(tiny, measured, tmp_p
     with accelerate(tiny, plan) as handle:
         tiny(prompt=PROMPTS[0], **CALL, output_type="latent", generator=torch.Generator().manual_seed(0))
         report = handle.report()
-    assert report.steps == {"dense": 1, "sparse": 5, "cached": 0, "region": 0}
+    steps = timeline(make_study(tiny), plan.schedule.dense_every)
+    assert report.steps == {"dense": steps.dense, "sparse": steps.sparse.sum(), "cached": 0, "region": 0}
     assert report.density == pytest.approx(next(p.density for p in record.points if p.chosen), abs=0.15)
 
 
@@ -138,7 +140,7 @@ def test_the_weight_of_a_place_is_what_its_error_does_to_the_clip(tiny, measured
     study = make_study(tiny)
     choices = make_search(tiny, measured).choices(HARDWARE, None)
     reference = np.full((3, 2, 2), RULES.index(REFERENCE))
-    plain = choices.errors("pooled", False)[..., RULES.index(REFERENCE)] * choices.weights[..., None]
+    plain = choices.profile.errors[:, :, RULES.index(REFERENCE), 0, 0].numpy() * choices.weights[..., None]
     for bucket, error in enumerate(profile.read(make_search(tiny, measured)._weights_file)[0]["errors"].tolist()):
         assert plain[bucket].sum() == pytest.approx(error, rel=1e-6)
         alone = np.where(np.arange(3)[:, None, None] == bucket, reference, 0)
