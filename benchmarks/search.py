@@ -5,13 +5,14 @@
 
 Every rival has the same tail, residual, dense steps, prompts and seeds, and spends the same predicted seconds on
 attention; speed and quality are then measured, dense and rivals in turn for each prompt. Random search draws as many
-plans as the search runs, and keeps the one that is best on the search's own prompt.
+plans as the search runs, and keeps the one that is best on the search's own prompt. `--every 0` compares without the
+dense steps that the search places among the sparse ones, `--every N` with others.
 
     single pattern      every pattern, in all heads, at the density that takes the time
     best per layer      one rule for all heads of a layer, chosen as the search chooses
     Sparse-vDiT         argmin of error + λ·(computed share) over its five patterns, λ such that it takes the time
     MInference          of three patterns the one that recalls most mass, in every head, at one density
-    random              rules drawn at random for every head
+    random search       rules drawn at random for every head; random blocks is the control of single patterns
 
 Each measurement is kept at once: an interrupted run goes on. Results: benchmarks/results/search_cpu.json.
 """
@@ -37,11 +38,14 @@ from pointillist.search.assign import OverBudget, Problem, assign
 from pointillist.search.candidates import NO_CANDIDATES, OPTIONS
 from pointillist.search.curve import Choices
 from pointillist.search.find import Runs
+from pointillist.search.timeline import timeline
 from pointillist.search.verify import Clip, against, clip
 from pointillist.search.wish import ATTENTION_SPEEDUPS
 
 RESULTS = Path(__file__).parent / "results" / "search_cpu.json"
 RANDOM_PLANS = 4
+GRID = tuple(blocks / 36 for blocks in range(1, 29))
+"""Densities of plans that have one: so many of the 36 key blocks."""
 MORE_PROMPTS = (
     "a yellow square moving left on navy", "an orange circle rotating on gray", "a white star moving up on black",
     "a blue triangle shrinking on white", "a red square growing on gray", "a green circle moving down on brown",
@@ -50,7 +54,7 @@ MORE_PROMPTS = (
 HELD_OUT = (*PROMPTS, *MORE_PROMPTS)
 
 
-def rivals(choices: Choices, seconds: float) -> dict[str, Callable[[], Plan | None]]:
+def rivals(choices: Choices, seconds: float, every: int) -> dict[str, Callable[[], Plan | None]]:
     """Ways to choose a plan whose attention takes `seconds` of a clip; None where one cannot be that fast."""
     singles = {
         " ".join([name, *(f"{key}={value}" for key, value in options.items())]): (name, tuple(sorted(options.items())))
@@ -59,50 +63,59 @@ def rivals(choices: Choices, seconds: float) -> dict[str, Callable[[], Plan | No
         for options in OPTIONS.get(name, ({},))
     }
     return {
-        "searched": lambda: choices.plan(choices.at_attention(seconds), "searched", "here"),
+        "searched": lambda: assigned(choices, choices.problem(every=every), seconds, every, "searched"),
         **{
-            label: lambda name=name, options=options: single(choices, name, options, seconds)
+            label: lambda name=name, options=options: single(choices, name, options, seconds, every)
             for label, (name, options) in singles.items()
         },
-        "random blocks": lambda: single(choices, "random", (), seconds),
-        "best per layer": lambda: best_per_layer(choices, seconds),
-        "Sparse-vDiT": lambda: sparse_vdit(choices, seconds),
-        "MInference": lambda: minference(choices, seconds),
+        "random blocks": lambda: single(choices, "random", (), seconds, every),
+        "best per layer": lambda: best_per_layer(choices, seconds, every),
+        "Sparse-vDiT": lambda: sparse_vdit(choices, seconds, every),
+        "MInference": lambda: minference(choices, seconds, every),
     }
 
 
-def single(choices: Choices, name: str, options: tuple, seconds: float) -> Plan | None:
-    """One rule for all heads of all layers and steps."""
-    return _uniform(choices, seconds, lambda density: [Rule(name, density, options)])
-
-
-def _uniform(choices: Choices, seconds: float, rules: Callable[[float], list[Rule]]) -> Plan | None:
-    """The greatest density at which sites with these rules take the time; found on a grid of whole key blocks."""
-    budget = _per_step(choices, seconds) / choices.study.layers
-    grid = [share / 36 for share in range(1, 29)]
-    fitting = [density for density in grid if choices.site_seconds(rules(density)) <= budget]
-    if not fitting:
-        return None
-    best = choices.at_attention(seconds)
-    plan = choices.plan(best, "single", "here")
-    return replace(plan, table=((*rules(max(fitting)),),), stages=())
-
-
-def best_per_layer(choices: Choices, seconds: float) -> Plan | None:
-    """All heads of a layer agree, otherwise as the search."""
-    problem, heads = choices.problem(), choices.study.heads
-    tied = Problem(
-        problem.errors.sum(1, keepdims=True), problem.per_head * heads, problem.fixed, problem.sparse, problem.dense
-    )
+def assigned(choices: Choices, problem: Problem, seconds: float, every: int, name: str) -> Plan | None:
+    """What the search's assignment makes of a problem."""
     try:
-        chosen = assign(tied, choices.budget(seconds))
+        chosen = assign(problem, choices.budget(seconds, every))
     except OverBudget:
         return None
-    shape = (*choices.weights.shape, heads)
-    return choices.plan(choices.of(np.repeat(chosen, heads, 1).reshape(shape)), "best per layer", "here")
+    heads = np.broadcast_to(chosen, (len(chosen), choices.study.heads))
+    return _plan(choices, heads, every, name)
 
 
-def sparse_vdit(choices: Choices, seconds: float) -> Plan | None:
+def _plan(choices: Choices, chosen: np.ndarray, every: int, name: str) -> Plan:
+    shape = (len(choices.stages), choices.study.layers, choices.study.heads)
+    return choices.plan(choices.of(np.broadcast_to(chosen, shape[1:]).reshape(shape), every=every), name, "here")
+
+
+def single(choices: Choices, name: str, options: tuple, seconds: float, every: int) -> Plan | None:
+    """One rule for all heads of all layers and steps."""
+    tables = [((Rule(name, density, options),),) for density in GRID]
+    return _densest(choices, tables, seconds, every, name)
+
+
+def _densest(choices: Choices, tables: list[tuple], seconds: float, every: int, name: str) -> Plan | None:
+    """The last of the tables, which get denser, whose attention takes the time."""
+    plans = [
+        replace(_plan(choices, np.zeros((1, 1), int), every, name), table=table)
+        for table in tables
+        if choices.seconds_of([table], every=every) <= seconds
+    ]
+    return plans[-1] if plans else None
+
+
+def best_per_layer(choices: Choices, seconds: float, every: int) -> Plan | None:
+    """All heads of a layer agree, otherwise as the search."""
+    problem = choices.problem(every=every)
+    tied = replace(
+        problem, errors=problem.errors.sum(1, keepdims=True), per_head=problem.per_head * choices.study.heads
+    )
+    return assigned(choices, tied, seconds, every, "best per layer")
+
+
+def sparse_vdit(choices: Choices, seconds: float, every: int) -> Plan | None:
     """Sparse-vDiT (AAAI 2026): L = MSE + λ·(1 − S) for full, skip, diagonal, multi-diagonal and stripe; the least L.
 
     The paper gives no widths: those of density 0.15 are taken. One table for all steps, errors averaged over them.
@@ -112,29 +125,26 @@ def sparse_vdit(choices: Choices, seconds: float) -> Plan | None:
         Rule("stripe", 0.15, (("by", "anchor"),)),
     ]  # fmt: skip
     numbers = [choices.study.rules.index(rule) for rule in menu]
-    errors = choices.errors("pooled", True).mean(0)[:, :, numbers]  # [layers, heads, 5]
+    steps = timeline(choices.study, every)
+    errors = choices.errors("pooled", steps, choices.stages[0])[:, :, numbers]  # [layers, heads, 5]
     kept = np.array([rule.kept for rule in menu])
 
     def chosen(price: float) -> np.ndarray:
-        picked = np.array(numbers)[(errors + price * kept).argmin(-1)]
-        return np.broadcast_to(picked, (len(choices.weights), *picked.shape))
+        return np.array(numbers)[(errors + price * kept).argmin(-1)]
 
-    return _bisected(choices, seconds, chosen, "Sparse-vDiT")
+    def fits(price: float) -> bool:
+        return choices.attention_seconds(choices.of(chosen(price)[None], every=every)) <= seconds
 
-
-def _bisected(choices: Choices, seconds: float, chosen: Callable[[float], np.ndarray], name: str) -> Plan | None:
-    """The choice at the lowest price that takes the time."""
     low, high = 1e-9, 1e3
-    if choices.attention_seconds(choices.of(chosen(high))) > seconds:
+    if not fits(high):
         return None
     for _ in range(40):
         middle = (low * high) ** 0.5
-        fits = choices.attention_seconds(choices.of(chosen(middle))) <= seconds
-        low, high = (low, middle) if fits else (middle, high)
-    return choices.plan(choices.of(chosen(high)), name, "here")
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return _plan(choices, chosen(high), every, "Sparse-vDiT")
 
 
-def minference(choices: Choices, seconds: float) -> Plan | None:
+def minference(choices: Choices, seconds: float, every: int) -> Plan | None:
     """MInference: A-shape, vertical-slash or block-sparse, whichever keeps most softmax mass in a head, all at one
     density. Masses are those of the pooled maps that the search recorded."""
     menu = ("a_shape", "vertical_slash", "pooled")
@@ -143,31 +153,17 @@ def minference(choices: Choices, seconds: float) -> Plan | None:
         [(kept[:, choices.study.rules.index(Rule(name, 0.15))] * maps).sum((-2, -1)) / maps.shape[-1] for name in menu],
         -1,
     )  # [layers, heads, 3]
-    best = recall.argmax(-1)
-    budget, grid = _per_step(choices, seconds), [share / 36 for share in range(1, 29)]
-    tables = [tuple(tuple(Rule(menu[i], density) for i in row) for row in best.tolist()) for density in grid]
-    fitting = [table for table in tables if sum(choices.site_seconds(list(row)) for row in table) <= budget]
-    if not fitting:
-        return None
-    return replace(choices.plan(choices.at_attention(seconds), "MInference", "here"), table=fitting[-1], stages=())
+    best = recall.argmax(-1).tolist()
+    tables = [tuple(tuple(Rule(menu[i], density) for i in row) for row in best) for density in GRID]
+    return _densest(choices, tables, seconds, every, "MInference")
 
 
-def random_plans(choices: Choices, seconds: float, generator: np.random.Generator) -> list[Plan]:
-    """Rules drawn at random for every head of every layer, the same in all steps, until they take the time."""
-    found: list[Plan] = []
-    shape = (choices.study.layers, choices.study.heads)
-    while len(found) < RANDOM_PLANS:
-        picked = generator.integers(0, len(choices.study.rules), shape)
-        choice = choices.of(np.broadcast_to(picked, (len(choices.weights), *shape)))
-        if 0.93 * seconds <= choices.attention_seconds(choice) <= seconds:
-            found.append(choices.plan(choice, "random search", "here"))
-    return found
-
-
-def _per_step(choices: Choices, seconds: float) -> float:
-    """Predicted seconds for one call of every layer, if attention takes `seconds` of a clip."""
-    steps = choices.study.steps - choices.study.dense_steps
-    return choices.budget(seconds) / (steps * choices.profile.branches)
+def random_plans(choices: Choices, seconds: float, every: int, generator: np.random.Generator) -> list[Plan]:
+    """What the assignment makes of errors that are drawn at random: any rules that take the time."""
+    problem = choices.problem(every=every)
+    drawn = (generator.random(problem.errors.shape) for _ in range(RANDOM_PLANS))
+    plans = (assigned(choices, replace(problem, errors=each), seconds, every, "random search") for each in drawn)
+    return [plan for plan in plans if plan is not None]
 
 
 class Results:
@@ -186,7 +182,7 @@ class Results:
         print(key, entry, flush=True)
 
 
-def measure(folder: Path, speed: str, prompts: int, labels: list[str]) -> None:
+def measure(folder: Path, speed: str, every: int | None, prompts: int, labels: list[str]) -> None:
     """Run the plans on held-out prompts, with seeds that the search did not use."""
     pipe = load_pipeline("embedded")
     search, _ = prepare_search(pipe, folder, None, None, lambda *told: None)
@@ -194,30 +190,32 @@ def measure(folder: Path, speed: str, prompts: int, labels: list[str]) -> None:
     search.measure()
     choices = search.choices(hardware, Runs(search, (HELD_OUT[0],)))
     seconds = choices.dense.attention / ATTENTION_SPEEDUPS[speed]
-    made = {label: make() for label, make in rivals(choices, seconds).items() if not labels or label in labels}
+    name = speed if every is None else f"{speed}, dense every {every}"
+    every = choices.at_attention(seconds).every if every is None else every
+    made = {label: make() for label, make in rivals(choices, seconds, every).items() if not labels or label in labels}
     plans = {label: plan for label, plan in made.items() if plan is not None}
     print("cannot be that fast:", ", ".join(label for label, plan in made.items() if plan is None) or "none")
     if not labels or "random search" in labels:
-        plans["random search"] = _best_random(search, choices, seconds)
+        plans["random search"] = _best_random(search, choices, seconds, every)
     results = Results()
     for number, prompt in enumerate(HELD_OUT[:prompts]):
-        missing = [label for label in plans if f"{speed} | {label} | {number}" not in results.entries]
+        missing = [label for label in plans if f"{name} | {label} | {number}" not in results.entries]
         if missing:
             dense = _clip(search, "none", prompt, number)
         for label in missing:
             measured = against(dense, _clip(search, plans[label], prompt, number))
-            results.add(f"{speed} | {label} | {number}", {
+            results.add(f"{name} | {label} | {number}", {
                 "prompt": prompt, "psnr": round(measured.psnr, 3), "ssim": round(measured.ssim, 4),
                 "attention": round(measured.attention_speedup, 3), "denoising": round(measured.speedup, 3),
                 "density": round(measured.density, 3), "fallbacks": list(measured.fallbacks),
             })  # fmt: skip
 
 
-def _best_random(search: Any, choices: Choices, seconds: float) -> Plan:
+def _best_random(search: Any, choices: Choices, seconds: float, every: int) -> Plan:
     """The one of some random plans that is best on the first calibration prompt."""
     prompt, seed = search.study.prompts[0], 1000
     dense = _clip(search, "none", prompt, seed)
-    each = random_plans(choices, seconds, np.random.default_rng(0))
+    each = random_plans(choices, seconds, every, np.random.default_rng(0))
     return max(each, key=lambda plan: against(dense, _clip(search, plan, prompt, seed)).psnr)
 
 
@@ -254,13 +252,14 @@ def main() -> None:
     parser.add_argument("command", nargs="?", choices=("measure", "table"), default="measure")
     parser.add_argument("--folder", type=Path, default=Path("outputs/search"))
     parser.add_argument("--speed", choices=tuple(ATTENTION_SPEEDUPS), default="balanced")
+    parser.add_argument("--every", type=int, help="dense steps among the sparse ones, in place of the search's own")
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--only", action="append", default=[], help="these rivals, by their labels")
     args = parser.parse_args()
     if args.command == "table":
         print(table())
     else:
-        measure(args.folder, args.speed, args.prompts, args.only)
+        measure(args.folder, args.speed, args.every, args.prompts, args.only)
 
 
 if __name__ == "__main__":

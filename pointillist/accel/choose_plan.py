@@ -78,7 +78,7 @@ def _automatic(targets: tuple[Target, ...], speed: str) -> Choice:
     return Choice(
         preset if speed == "balanced" else _at_density(preset, DENSITIES[speed]),
         f"no plan is shipped for this model ({model}); `pointillist search --model MODEL --output plan.safetensors` "
-        "makes one that is better",
+        "searches one",
     )
 
 

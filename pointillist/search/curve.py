@@ -8,16 +8,15 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from pointillist.accel.plan import Plan, Rule, Stage
+from pointillist.accel.plan import Plan, Rule, Stage, Table
 from pointillist.accel.schedule import Schedule
 from pointillist.accel.tiles import Grid
 from pointillist.search.assign import OverBudget, Problem, assign
 from pointillist.search.cost_model import CostModel
-from pointillist.search.evaluate import KINDS
 from pointillist.search.profile import Profile
 from pointillist.search.site_call import SiteShape
 from pointillist.search.study import Study
-from pointillist.search.timeline import Timeline, periods, timeline
+from pointillist.search.timeline import SparseStep, Timeline, periods, timeline
 
 RESIDUAL_MEMORY = 4 * 2**30
 """Bytes that the residual of all sites and branches may take; else plans do without it."""
@@ -86,9 +85,6 @@ class Choices:
         buckets = range(len(weights))
         self.stages = tuple((bucket,) for bucket in buckets) if stages else (tuple(buckets),)
         """The buckets that each table serves."""
-        prepare = [model.prepare(rule, self._shape, block=study.block) for rule in study.rules]
-        self._prepare = np.array(prepare)
-        """[candidates]: seconds that a head with it adds to a dense step that others learn from."""
         self._residual = self._residual_bytes() <= RESIDUAL_MEMORY
         # without a residual there is nothing that a dense step in between makes young again
         self._timelines = {every: timeline(study, every) for every in (periods(study) if self._residual else (0,))}
@@ -143,10 +139,7 @@ class Choices:
 
     def plan(self, choice: Choice, name: str, hardware: str) -> Plan:
         """The plan of a choice: a stage for every table that differs from the one before."""
-        rules = self.study.rules
-        tables = [
-            tuple(_row(tuple(rules[index] for index in row)) for row in layers) for layers in choice.chosen.tolist()
-        ]
+        tables = self._tables(choice)
         stages = [
             Stage(table, below=self.share_before(first))
             for (before, table), first in zip(pairwise(tables), self.edges[1:], strict=True)
@@ -174,38 +167,57 @@ class Choices:
 
     def call_seconds(self, choice: Choice) -> np.ndarray:
         """[stages, layers]: predicted seconds of one attention call under a choice."""
-        rules = self.study.rules
         return np.array(
-            [
-                [self.site_seconds([rules[index] for index in row], choice.tail, choice.residual) for row in layers]
-                for layers in choice.chosen.tolist()
-            ]
+            [[self.site_seconds(row, choice.tail, choice.residual) for row in table] for table in self._tables(choice)]
         )
 
     def attention_seconds(self, choice: Choice) -> float:
         """Predicted seconds of attention in a clip."""
-        calls, learning = self._calls(self._timelines[choice.every])
-        each = self.call_seconds(choice)
-        seconds = (each * calls[:, None]).sum() + (self._prepare[choice.chosen].sum((1, 2)) * learning).sum()
-        if choice.residual:  # what a sparse call loses is found out by one more
-            is_sparse = (choice.chosen != 0).any(-1)
-            seconds += (each * is_sparse * learning[:, None]).sum()
-        return float(seconds + self._dense_steps_seconds(choice.every)) * self._scale
+        return self.seconds_of(self._tables(choice), choice.tail, choice.every)
+
+    def seconds_of(self, tables: Sequence[Table], tail: str = "pooled", every: int = 0) -> float:
+        """Likewise, of any tables: one for each stage, with a row for all layers or one for each."""
+        seconds = self._dense_steps_seconds(every)
+        for table, calls, learning in zip(tables, *self._calls(self._timelines[every]), strict=True):
+            for layer in range(self.study.layers):
+                row = table[layer if len(table) > 1 else 0]
+                once, each = self.study.heads / len(row), self.site_seconds(row, tail, self._residual)
+                seconds += calls * each + learning * once * sum(self._prepare(rule) for rule in row)
+                if self._residual and any(rule.pattern != "dense" for rule in row):
+                    seconds += learning * each  # what a sparse call loses is found out by one more
+        return float(seconds) * self._scale
 
     def head_errors(self, choice: Choice) -> np.ndarray:
-        """[stages, layers, heads]: the relative error of each head's output."""
-        errors = self.errors(choice.tail, self._timelines[choice.every])
-        means = np.stack([errors[list(stage)].mean(0) for stage in self.stages])
+        """[stages, layers, heads]: the relative error of each head's output, mean over sparse steps."""
+        steps = self._timelines[choice.every]
+        means = np.stack([self.errors(choice.tail, steps, stage) for stage in self.stages])
         return np.sqrt(np.take_along_axis(means, choice.chosen[..., None], -1)[..., 0])
 
-    def errors(self, tail: str, steps: Timeline) -> np.ndarray:
-        """[buckets, layers, heads, candidates]: squared relative errors, means over the sparse steps of a timeline."""
-        recorded = self.profile.errors[:, :, :, self.study.tails.index(tail)].numpy()  # [.., candidates, kinds, heads]
-        kinds = {name: recorded[:, :, :, number].swapaxes(2, 3) for number, name in enumerate(KINDS)}
-        if not self._residual:
-            return kinds["plain"]
-        calibrated, recent = steps.ages.T[:, :, None, None, None]
-        return calibrated * kinds["since calibration"] + recent * kinds["since the bucket before"]
+    def errors(self, tail: str, steps: Timeline, buckets: tuple[int, ...]) -> np.ndarray:
+        """[layers, heads, candidates]: squared relative errors, mean over a timeline's sparse steps in some buckets."""
+        mine = [self._step_errors(tail, step) for step in steps.sparse if step.bucket in buckets]
+        return np.mean(mine, 0) if mine else np.zeros((self.study.layers, self.study.heads, len(self.study.rules)))
+
+    def _step_errors(self, tail: str, step: SparseStep) -> np.ndarray:
+        """[layers, heads, candidates]: squared relative errors of a step."""
+        recorded = self.profile.errors[step.bucket, :, :, self.study.tails.index(tail)]  # [layers, rules, kinds, heads]
+        plain, calibrated, recent = recorded.permute(2, 0, 3, 1).numpy()
+        return step.calibrated * calibrated + step.recent * recent if self._residual else plain
+
+    def _clip_errors(self, tail: str, steps: Timeline, buckets: tuple[int, ...]) -> np.ndarray:
+        """[layers, heads, candidates]: mean squared error of the clip for choices in these buckets' sparse steps.
+
+        What steps lose points the same way, so errors add up over steps, not their squares; likewise within a bucket,
+        as whose sum its weight was measured. Stages are chosen apart although they add to one sum: as many times as
+        there are stages is the most that their squares can make of it.
+        """
+        sizes = np.diff(self.study.edges)
+        total = sum(
+            np.sqrt(self.weights[step.bucket][:, None, None] * self._step_errors(tail, step)) / sizes[step.bucket]
+            for step in steps.sparse
+            if step.bucket in buckets
+        )
+        return len(self.stages) * np.square(total)
 
     def site_seconds(
         self, rules: Sequence[Rule], tail: str = "pooled", residual: bool = True, grid: Grid | None = None
@@ -229,10 +241,8 @@ class Choices:
         return fewest
 
     def _problem(self, tail: str, steps: Timeline) -> Problem:
-        shares = steps.sparse / np.diff(self.study.edges)
-        errors = self.errors(tail, steps) * (self.weights * shares[:, None])[:, :, None, None]
-        summed = np.stack([errors[list(stage)].sum(0) for stage in self.stages])
-        stages, layers, heads, _ = summed.shape
+        errors = np.stack([self._clip_errors(tail, steps, stage) for stage in self.stages])
+        stages, layers, heads, _ = errors.shape
         rules, residual = self.study.rules, self._residual
         costs = [
             self.model.rule(rule, self._shape, tail=tail, residual=residual, block=self.study.block) for rule in rules
@@ -245,16 +255,27 @@ class Choices:
         sparse = max(0.0, min(rest[1:]))  # the first rule is dense, whose call is another
         calls, learning = (np.repeat(each, layers).astype(float) for each in self._calls(steps))
         all_calls = calls + (learning if residual else 0)  # the loss is found by one call more
-        per_head = np.outer(all_calls, [cost.per_head for cost in costs]) + np.outer(learning, self._prepare)
+        per_head = np.outer(all_calls, [cost.per_head for cost in costs]) + np.outer(
+            learning, [self._prepare(rule) for rule in rules]
+        )
         fixed = np.outer(all_calls, [cost.fixed for cost in costs])
         return Problem(
-            summed.reshape(stages * layers, heads, -1), per_head, fixed, all_calls * sparse, calls * self.dense_call
+            errors.reshape(stages * layers, heads, -1), per_head, fixed, all_calls * sparse, calls * self.dense_call
         )
+
+    def _prepare(self, rule: Rule) -> float:
+        """Seconds that a head with it adds to a dense step that sparse ones learn from."""
+        return self.model.prepare(rule, self._shape, block=self.study.block)
+
+    def _tables(self, choice: Choice) -> list[Table]:
+        rules = self.study.rules
+        return [
+            tuple(_row(tuple(rules[index] for index in row)) for row in layers) for layers in choice.chosen.tolist()
+        ]
 
     def _calls(self, steps: Timeline) -> tuple[np.ndarray, np.ndarray]:
         """[stages]: how many sparse calls a site has in each, and how many of its dense ones are learnt from."""
-        sparse = np.array([steps.sparse[list(stage)].sum() for stage in self.stages])
-        learning = np.array([steps.learning[list(stage)].max() for stage in self.stages])
+        sparse, learning = (np.array([of(stage) for stage in self.stages]) for of in (steps.calls, steps.learning))
         return sparse * self.profile.branches, learning * self.profile.branches
 
     def _residual_bytes(self) -> int:

@@ -28,7 +28,7 @@ from pointillist.search.run import call_of, run
 from pointillist.search.sensitivity import Playback, reference_output, relative_error
 from pointillist.search.study import Study
 
-MEMORY = 4 * 2**30
+MEMORY = 8 * 2**30
 """Bytes that one pass may remember of the calibration step; more layers are divided into several passes."""
 MAP_CELLS = 32
 """Attention maps for reports have so many rows and columns."""

@@ -257,6 +257,8 @@ def about_map(plan: Plan, record: SearchRecord | None) -> str:
     text = "A cell is a head: its colour is the pattern; its depth, and number in %, the share of pairs that it keeps."
     if plan.schedule.dense_above < 1:
         text += f" Steps above sigma {plan.schedule.dense_above:.3g}, where the first has 1, are dense."
+    if plan.schedule.dense_every:
+        text += f" So is 1 of {plan.schedule.dense_every} of the others."
     if len({rule for run in runs for rule in run.rules}) == 1:
         rule = runs[0].rules[0]
         return f"{text} Here every head of every layer is the same: {rule.pattern}, density {rule.kept:.3g}."

@@ -8,13 +8,24 @@ error grows about linearly with age. Errors are recorded at two ages for each bu
 from dataclasses import dataclass
 from itertools import pairwise
 
-import numpy as np
-
 from pointillist.accel.schedule import Schedule
 from pointillist.search.study import Study
 
 REFRESHES = 6
 """At most so many dense steps are placed among the sparse ones."""
+
+
+@dataclass(frozen=True)
+class SparseStep:
+    """A step that is not dense."""
+
+    bucket: int
+    since: int
+    """The last dense step before it."""
+    calibrated: float
+    """What part of the errors that were recorded with the residual of the calibration step is in its own."""
+    recent: float
+    """Likewise, of those with the residual of the last step that was looked at."""
 
 
 @dataclass(frozen=True)
@@ -25,43 +36,42 @@ class Timeline:
     """See `Schedule.dense_every`."""
     dense: int
     """How many steps are dense."""
-    sparse: np.ndarray
-    """int64 [buckets]: how many are not."""
-    learning: np.ndarray
-    """int64 [buckets]: how many dense steps are followed by a sparse one and come before the bucket's last."""
-    ages: np.ndarray
-    """float64 [buckets, 2]: what part the errors since calibration and since the bucket before have in the mean error
-    of the bucket's sparse steps."""
+    sparse: tuple[SparseStep, ...]
+
+    def calls(self, buckets: tuple[int, ...]) -> int:
+        """How many sparse steps there are in some buckets."""
+        return sum(step.bucket in buckets for step in self.sparse)
+
+    def learning(self, buckets: tuple[int, ...]) -> int:
+        """How many dense steps are learnt from for the sparse ones of these buckets, or of buckets before them."""
+        return len({step.since for step in self.sparse if step.bucket <= max(buckets)})
 
 
 def periods(study: Study) -> tuple[int, ...]:
     """Values of `dense_every` worth a try: none, and those that place 1, 2, … dense steps evenly."""
     steps = study.steps - study.dense_steps
-    return tuple(
-        dict.fromkeys([0, *(-(-(steps + 1) // (more + 1)) for more in range(1, min(REFRESHES, steps - 1) + 1))])
-    )
+    most = min(REFRESHES, steps - 1)
+    return tuple(dict.fromkeys([0, *(-(-(steps + 1) // (more + 1)) for more in range(1, most + 1))]))
 
 
 def timeline(study: Study, every: int) -> Timeline:
     """Of the study's dense steps and every n-th of the others."""
     schedule = Schedule(dense_steps=study.dense_steps, dense_every=every)
     falling = tuple(float(study.steps - step) for step in range(study.steps))
-    sparse = [schedule.kind(step, falling) == "sparse" for step in range(study.steps)]
-    learning = [step for step in range(study.steps - 1) if not sparse[step] and sparse[step + 1]]
-    before, found = study.calibration_step, []
-    for middle, (first, stop) in zip(study.bucket_steps, pairwise(study.edges), strict=True):
-        mine = [step for step in range(first, stop) if sparse[step]]
-        ages = [step - max(each for each in learning if each < step) for step in mine]
-        parts = [_parts(age, middle - before, middle - study.calibration_step) for age in ages]
-        mean = np.mean(parts, axis=0) if parts else np.zeros(2)
-        found.append((len(mine), sum(each < max(mine, default=0) for each in learning), mean))
+    kinds = [schedule.kind(step, falling) for step in range(study.steps)]
+    sparse, before = [], study.calibration_step
+    for bucket, (middle, (first, stop)) in enumerate(zip(study.bucket_steps, pairwise(study.edges), strict=True)):
+        for step in range(first, stop):
+            if kinds[step] == "sparse":
+                since = max(each for each in range(step) if kinds[each] == "dense")
+                parts = _parts(step - since, middle - before, middle - study.calibration_step)
+                sparse.append(SparseStep(bucket, since, *parts))
         before = middle
-    counts, learnt, means = zip(*found, strict=True)
-    return Timeline(every, sparse.count(False), np.array(counts), np.array(learnt), np.stack(means))
+    return Timeline(every, kinds.count("dense"), tuple(sparse))
 
 
 def _parts(age: int, recent: int, calibrated: int) -> tuple[float, float]:
-    """What an error at some age takes of those recorded at two: since calibration, and since the bucket before."""
+    """What an error at some age has of those recorded at two: since calibration, and since the step before."""
     if age <= recent or recent == calibrated:
         return 0.0, age / recent
     late = min(1.0, (age - recent) / (calibrated - recent))

@@ -28,25 +28,21 @@ def test_steps_are_those_of_the_schedule(every):
     steps = timeline(STUDY, every)
     sigmas = tuple(np.linspace(1, 0.05, 20))
     kinds = [Schedule(dense_steps=3, dense_every=every).kind(step, sigmas) for step in range(20)]
-    assert steps.dense == kinds.count("dense") and steps.sparse.sum() == kinds.count("sparse")
-    assert steps.sparse.tolist() == [kinds[a:b].count("sparse") for a, b in ((3, 9), (9, 14), (14, 20))]
+    assert steps.dense == kinds.count("dense") and steps.calls((0, 1, 2)) == kinds.count("sparse")
+    assert [steps.calls((i,)) for i in range(3)] == [kinds[a:b].count("sparse") for a, b in ((3, 9), (9, 14), (14, 20))]
     pairs = list(pairwise(kinds))
-    assert steps.learning.max() == pairs.count(("dense", "sparse"))
+    assert steps.learning((2,)) == pairs.count(("dense", "sparse"))
+    assert steps.learning((0,)) <= steps.learning((0, 1)) <= steps.learning((1, 2))
 
 
-def test_errors_that_grow_with_age_are_predicted_as_their_mean():
-    """An error that equals its age, recorded at two of them, is found at all."""
+def test_errors_that_grow_with_age_are_found_at_any_age():
+    """An error that equals its age, recorded at two of them; what is older than both is held, not extended."""
+    recorded = ((3, 3), (9, 6), (14, 5))  # ages at the buckets' middles 5, 11 and 16
     for every in periods(STUDY):
-        steps = timeline(STUDY, every)
-        recorded = np.array([[3, 3], [9, 6], [14, 5]])  # ages at the buckets' middles 5, 11 and 16
-        found = (steps.ages * recorded).sum(1)  # an error that equals its age
-        last, ages = 2, [[], [], []]
-        for step in range(3, 20):
-            if every and (step - 3 + 1) % every == 0:
-                last = step
-            else:
-                ages[0 if step < 9 else 1 if step < 14 else 2].append(step - last)
-        expected = [np.mean(np.minimum(each, 14 if i == 2 else 99)) for i, each in enumerate(ages)]
-        if every == 0:  # older than what was recorded last: held, not extended
-            expected[1] = np.mean(np.minimum(ages[1], 9))
-        assert found == pytest.approx(expected)
+        dense = [2] + [step for step in range(3, 20) if every and (step - 3 + 1) % every == 0]
+        numbers = [step for step in range(3, 20) if step not in dense]
+        for number, step in zip(numbers, timeline(STUDY, every).sparse, strict=True):
+            assert step.since == max(each for each in dense if each < number)
+            calibrated, recent = recorded[step.bucket]
+            found = step.calibrated * calibrated + step.recent * recent
+            assert found == pytest.approx(min(number - step.since, 99 if step.bucket == 0 else calibrated))
