@@ -212,11 +212,11 @@ class Choices:
         there are stages is the most that their squares can make of it.
         """
         sizes = np.diff(self.study.edges)
-        total = sum(
-            np.sqrt(self.weights[step.bucket][:, None, None] * self._step_errors(tail, step)) / sizes[step.bucket]
-            for step in steps.sparse
-            if step.bucket in buckets
-        )
+        total = np.zeros((self.study.layers, self.study.heads, len(self.study.rules)))
+        for step in steps.sparse:
+            if step.bucket in buckets:
+                squared = self.weights[step.bucket][:, None, None] * self._step_errors(tail, step)
+                total += np.sqrt(squared) / sizes[step.bucket]
         return len(self.stages) * np.square(total)
 
     def site_seconds(
