@@ -3,14 +3,14 @@
 from pointillist.accel.patterns import PATTERNS
 from pointillist.accel.plan import Rule
 
-DENSITIES = (0.06, 0.15, 0.35)
+DENSITIES = (0.06, 0.15, 0.25, 0.4)
 TAILS = ("pooled",)
 """Tails that all heads of a plan share; each is searched by itself. Without one the error was higher than with block
 means at the next lower density in 95 of the 120 cases of docs/patterns.md, and in 113 that was not slower."""
 DENSE = Rule("dense", 1.0)
 OPTIONS: dict[str, tuple[dict[str, str | int | float | bool], ...]] = {
     "pooled": ({}, {"order": "tiles"}),
-    "masses": ({}, {"order": "tiles"}),
+    "masses": ({"rows": 16}, {"rows": 16, "order": "tiles"}),
     "semantic": ({"routing": "error"},),
     "diagonal": ({}, {"order": "hwt"}),
     "stripe": ({"by": "anchor"},),

@@ -59,7 +59,7 @@ class Call:
     @property
     def lse(self) -> torch.Tensor:
         """float32 [B, H, S]: the log-sum-exp of dense attention. A pass over all of q·k, so it is for calibration."""
-        return self.once("lse", self._lse)
+        return self.once("lse", lambda: self.lse_of(self.q))
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
         """`make()`, which is costly and the same for all patterns that look at these very q and k: made once."""
@@ -69,13 +69,12 @@ class Call:
             self.shared[key] = (self.q, self.k, made)
         return made
 
-    def _lse(self) -> torch.Tensor:
-        q_len, k_len = self.q.shape[2], self.k.shape[2]
+    def lse_of(self, q: torch.Tensor) -> torch.Tensor:
+        """float32 [B, H, n]: likewise of some queries [B, H, n, D], over all keys."""
+        q_len, k_len = q.shape[2], self.k.shape[2]
         mask = torch.ones(1, 1, -(-q_len // LSE_BLOCK), 1, dtype=torch.bool, device=self.device)
         layout = BlockLayout.from_mask(mask, LSE_BLOCK, k_len, q_len, k_len, pairs=mask.numel())
-        return block_sparse_attention(
-            self.q, self.k, self.v, layout, self.scale, return_lse=True, backend=self.backend
-        )[1]
+        return block_sparse_attention(q, self.k, self.v, layout, self.scale, return_lse=True, backend=self.backend)[1]
 
     @cached_property
     def video_q(self) -> torch.Tensor:

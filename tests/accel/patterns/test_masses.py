@@ -43,6 +43,23 @@ def test_masses_are_those_of_the_dense_softmax(order, segments):
 
 
 @pytest.mark.parametrize("order", ["tiles", "thw"])
+@pytest.mark.parametrize("segments", [None, BESIDE])
+@pytest.mark.parametrize("rows", [1, 4, 50])
+def test_masses_of_some_rows_are_means_over_them(order, segments, rows):
+    call = make_call(GRID, segments=segments, smooth=2)
+    blocks = selected(Masses(0.3, order=order), call).keys
+    found, weights = exact_masses(call, blocks, rows).double(), plain_weights(call)
+    parts = [blocks.order[0, 0][a:b] for a, b in itertools.pairwise(blocks.bounds[0, 0].tolist())]
+    for i, part in enumerate(parts):
+        some = part[[int((row + 0.5) * len(part) / rows) for row in range(rows)]]
+        assert rows > len(part) or len(set(some.tolist())) == rows
+        for j, columns in enumerate(parts):
+            expected = weights[:, :, some][..., columns].sum(-1).mean(-1)
+            torch.testing.assert_close(found[:, :, i, j], expected, atol=1e-5, rtol=1e-3)
+    assert not torch.equal(exact_masses(call, blocks), exact_masses(call, blocks, 4))
+
+
+@pytest.mark.parametrize("order", ["tiles", "thw"])
 def test_a_row_keeps_its_own_block_and_the_highest_masses_per_token(order):
     call = make_call(GRID, smooth=2)
     selection = selected(Masses(0.3, order=order, rule="row"), call)
@@ -150,7 +167,7 @@ def test_packed_masks_come_back():
         assert torch.equal(unpacked(bits, columns), mask)
 
 
-@pytest.mark.parametrize("options", [{"order": "spiral"}, {"rule": "best"}, {"refresh": -1}])
+@pytest.mark.parametrize("options", [{"order": "spiral"}, {"rule": "best"}, {"refresh": -1}, {"rows": -1}])
 def test_values_that_are_not_allowed_are_refused(options):
     with pytest.raises(ValueError, match="allowed"):
         Masses(0.3, **options)
