@@ -29,6 +29,42 @@ def test_restore_leaves_no_trace(pipe, run):
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in pipe.transformer.modules())
 
 
+def test_an_observer_may_replace_what_a_site_gives(pipe, run):
+    before, site = run(pipe), "transformer.blocks.1.attn1"
+
+    def halved(name, branch, step, q, k, v, out):
+        return out / 2 if (name, branch, step) == (site, "cond", 2) else None
+
+    with accelerate(pipe, "none") as handle:
+        handle.observe(halved)
+        assert not torch.equal(run(pipe), before)
+        handle.observe(lambda *call: call[-1].clone())
+        assert torch.equal(run(pipe), before)
+    assert torch.equal(run(pipe), before)
+
+
+def test_an_interceptor_stands_before_every_call_of_a_transformer(pipe, run):
+    before, seen, kept = run(pipe), [], {}
+
+    def keep(name, branch, step, compute):
+        seen.append((name, branch, step))
+        kept[branch, step] = compute()
+        return kept[branch, step]
+
+    with accelerate(pipe, "none") as handle:
+        handle.intercept(keep)
+        assert torch.equal(run(pipe), before)
+    assert seen == [("transformer", branch, step) for step in range(4) for branch in ("cond", "uncond")]
+    with accelerate(pipe, "none") as handle:
+        handle.intercept(lambda name, branch, step, compute: kept[branch, step])  # nothing is computed
+        assert torch.equal(run(pipe), before)
+        assert not handle.report().attention_seconds
+    with accelerate(pipe, "none") as handle:
+        handle.intercept(lambda name, branch, step, compute: tuple(x + (step == 3) for x in compute()))
+        assert not torch.equal(run(pipe), before)
+    assert torch.equal(run(pipe), before) and "forward" not in vars(pipe.transformer)
+
+
 def test_plan_none_and_density_one_equal_dense(pipe, run):
     dense = run(pipe)
     for plan in ("none", Plan.uniform("pooled", 1.0, block=16), Plan.uniform("dense", 1.0)):

@@ -17,7 +17,8 @@ from pointillist.search import profile
 from pointillist.search.errors import SearchError
 from pointillist.search.find import Search
 from pointillist.search.record import SearchRecord
-from pointillist.search.sensitivity import REFERENCE
+from pointillist.search.run import run
+from pointillist.search.sensitivity import REFERENCE, record_playback
 from pointillist.search.timeline import timeline
 from pointillist.search.wish import Wish
 
@@ -146,6 +147,17 @@ def test_the_weight_of_a_place_is_what_its_error_does_to_the_clip(tiny, measured
         alone = np.where(np.arange(3)[:, None, None] == bucket, reference, 0)
         assert 0 < choices.of(alone).error < 10 * error  # with the residual it is another
     assert study.rules[0].pattern == "dense"
+
+
+def test_playback_without_a_perturbation_gives_the_dense_clip(tiny, measured):
+    study = make_study(tiny)
+    playback, calls = record_playback(tiny, study, lambda step: None), []
+    with accelerate(tiny, "none") as handle:
+        handle.intercept(playback.until(3))
+        handle.observe(lambda site, branch, step, *rest: calls.append(step))
+        frames = run(tiny, study, PROMPTS[0], lambda step: None)
+    assert np.array_equal(frames, playback.frames)
+    assert set(calls) == {3, 4, 5}  # the others were played
 
 
 def test_one_table_serves_all_steps_unless_stages_are_asked_for(tiny, measured):
