@@ -1,6 +1,7 @@
 """The searched plan of the embedded model against other ways to choose one, at equal predicted time.
 
     python benchmarks/search.py --folder outputs/search        the folder of the search that made the plan
+    python benchmarks/search.py --folder outputs/search sites  predicted against measured time of the sites of plans
     python benchmarks/search.py --folder outputs/search table  the results as Markdown
 
 Every rival has the same tail, residual, dense steps, prompts and seeds, and spends the same predicted seconds on
@@ -29,8 +30,10 @@ import numpy as np
 import torch
 from embedded import PROMPTS
 
+from pointillist.accel.accelerate import accelerate
 from pointillist.accel.patterns import PATTERNS
 from pointillist.accel.plan import Plan, Rule
+from pointillist.accel.schedule import Schedule
 from pointillist.hardware import detect
 from pointillist.pipelines.load import load_pipeline
 from pointillist.pipelines.search import machine, prepare_search
@@ -43,7 +46,13 @@ from pointillist.search.verify import Clip, against, clip
 from pointillist.search.wish import ATTENTION_SPEEDUPS
 
 RESULTS = Path(__file__).parent / "results" / "search_cpu.json"
+SITES = RESULTS.with_name("search_sites_cpu.json")
+PICTURE = Path(__file__).parent.parent / "docs" / "images" / "search_sites.png"
 RANDOM_PLANS = 4
+RANDOM_SITES = 2
+"""Random plans whose sites are timed, for each speed."""
+SITE_STEPS = 6
+"""Of the clips in which they are."""
 GRID = tuple(blocks / 36 for blocks in range(1, 29))
 """Densities of plans that have one: so many of the 36 key blocks."""
 MORE_PROMPTS = (
@@ -182,13 +191,18 @@ class Results:
         print(key, entry, flush=True)
 
 
-def measure(folder: Path, speed: str, every: int | None, prompts: int, labels: list[str]) -> None:
-    """Run the plans on held-out prompts, with seeds that the search did not use."""
+def _choices(folder: Path) -> tuple[Any, Choices]:
+    """The search in a folder, measured if it is not, and what it offers on this machine."""
     pipe = load_pipeline("embedded")
-    search, _ = prepare_search(pipe, folder, None, None, lambda *told: None)
+    search, held_out = prepare_search(pipe, folder, None, None, lambda *told: None)
     hardware, _ = machine("auto", search.study.dtype, pipe.device, lambda *told: None)
     search.measure()
-    choices = search.choices(hardware, Runs(search, (HELD_OUT[0],)))
+    return search, search.choices(hardware, Runs(search, held_out))
+
+
+def measure(folder: Path, speed: str, every: int | None, prompts: int, labels: list[str]) -> None:
+    """Run the plans on held-out prompts, with seeds that the search did not use."""
+    search, choices = _choices(folder)
     seconds = choices.dense.attention / ATTENTION_SPEEDUPS[speed]
     name = speed if every is None else f"{speed}, dense every {every}"
     every = choices.at_attention(seconds).every if every is None else every
@@ -209,6 +223,80 @@ def measure(folder: Path, speed: str, every: int | None, prompts: int, labels: l
                 "attention": round(measured.attention_speedup, 3), "denoising": round(measured.speedup, 3),
                 "density": round(measured.density, 3), "fallbacks": list(measured.fallbacks),
             })  # fmt: skip
+
+
+def measure_sites(folder: Path) -> None:
+    """Time every site's calls in clips of few steps, with the three searched plans and some random ones."""
+    search, choices = _choices(folder)
+    rows, dense = [], []
+    for speed, speedup in ATTENTION_SPEEDUPS.items():
+        seconds = choices.dense.attention / speedup
+        every = choices.at_attention(seconds).every
+        plans = {"searched": rivals(choices, seconds, every)["searched"]()}
+        drawn = random_plans(choices, seconds, every, np.random.default_rng(1))[:RANDOM_SITES]
+        plans |= {f"random {number}": plan for number, plan in enumerate(drawn, 1)}
+        for label, plan in plans.items():
+            if plan is None:
+                continue
+            times = _site_times(search, plan)
+            dense += times["dense"]
+            for layer, measured in enumerate(times["sparse"]):
+                predicted = choices.site_seconds(list(plan.table[layer]))
+                rows.append({
+                    "speed": speed, "plan": label, "layer": layer, "rules": len(set(plan.table[layer])),
+                    "milliseconds": round(measured * 1e3, 3), "predicted_ms": round(predicted * 1e3, 3),
+                })  # fmt: skip
+            print(speed, label, flush=True)
+    rows = [row for row in rows if row["milliseconds"] > 0]
+    # the machine is shared: predictions are of its speed when it was calibrated, so both are divided by a dense call
+    ratio = statistics.median(dense) / choices.dense_call
+    errors = [row["predicted_ms"] * ratio / row["milliseconds"] - 1 for row in rows]
+    result = {
+        "machine": detect(), "torch": torch.__version__, "threads": torch.get_num_threads(),
+        "dense_ms": round(statistics.median(dense) * 1e3, 3), "dense_predicted_ms": round(choices.dense_call * 1e3, 3),
+        "mean_error": round(statistics.mean(map(abs, errors)), 4), "largest_error": round(max(map(abs, errors)), 4),
+        "rows": rows,
+    }  # fmt: skip
+    SITES.write_text(json.dumps(result, indent=1) + "\n")
+    _scatter(result, ratio)
+    print(f"{len(rows)} sites, mean error {result['mean_error']:.1%}, largest {result['largest_error']:.0%}")
+
+
+def _site_times(search: Any, plan: Plan) -> dict[str, list[float]]:
+    """Seconds of the calls of a clip of few steps: dense ones that nothing learns from, and the median of the sparse
+    ones of each layer, 0 where all were dense."""
+    call = {**search.study.call, "num_inference_steps": SITE_STEPS}
+    with accelerate(search.pipe, replace(plan, schedule=Schedule(dense_steps=2))) as handle:
+        generator = torch.Generator().manual_seed(0)
+        search.pipe(prompt=HELD_OUT[0], **call, generator=generator, output_type="latent")
+        calls = handle._runtime.record.calls
+    sparse: list[list[float]] = [[] for _ in range(search.study.layers)]
+    for each in calls:
+        if each.density is not None:
+            sparse[int(each.site.split(".")[-2])].append(each.end - each.start)
+    dense = [each.end - each.start for each in calls if each.step == 0]
+    return {"dense": dense, "sparse": [statistics.median(each) if each else 0.0 for each in sparse]}
+
+
+def _scatter(result: dict[str, Any], ratio: float) -> None:
+    import matplotlib.pyplot as plt
+
+    figure, panel = plt.subplots(figsize=(5.8, 5.4), layout="constrained")
+    rows = result["rows"]
+    limits = [0.8 * min(row["milliseconds"] for row in rows), 1.2 * max(row["milliseconds"] for row in rows)]
+    panel.fill_between(limits, [0.9 * x for x in limits], [1.1 * x for x in limits], color="0.9", label="±10 %")
+    panel.plot(limits, limits, color="0.5", linewidth=0.8)
+    for kind in ("searched", "random"):
+        mine = [row for row in rows if row["plan"].startswith(kind)]
+        panel.scatter(
+            [row["milliseconds"] for row in mine], [row["predicted_ms"] * ratio for row in mine], s=18, label=kind
+        )
+    panel.set_title(
+        f"sites of plans: mean error {result['mean_error']:.1%}, largest {result['largest_error']:.0%}", fontsize=10
+    )
+    panel.set(xlim=limits, ylim=limits, xlabel="measured, ms (median of a clip)", ylabel="predicted, ms")
+    panel.legend(fontsize=8, frameon=False)
+    figure.savefig(PICTURE, dpi=110)
 
 
 def _best_random(search: Any, choices: Choices, seconds: float, every: int) -> Plan:
@@ -249,7 +337,7 @@ def table() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", nargs="?", choices=("measure", "table"), default="measure")
+    parser.add_argument("command", nargs="?", choices=("measure", "sites", "table"), default="measure")
     parser.add_argument("--folder", type=Path, default=Path("outputs/search"))
     parser.add_argument("--speed", choices=tuple(ATTENTION_SPEEDUPS), default="balanced")
     parser.add_argument("--every", type=int, help="dense steps among the sparse ones, in place of the search's own")
@@ -258,6 +346,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.command == "table":
         print(table())
+    elif args.command == "sites":
+        measure_sites(args.folder)
     else:
         measure(args.folder, args.speed, args.every, args.prompts, args.only)
 

@@ -66,12 +66,16 @@ class Pass:
 
 def passes(study: Study) -> list[Pass]:
     """All dense runs of a study: as many layers at once as memory allows."""
-    rows = max(study.query_blocks * study.block, TOKENS)
-    per_layer = 14 * len(study.rules) * len(study.tails) * study.heads * rows * study.head_dim
-    at_once = max(1, MEMORY // per_layer)
+    at_once = max(1, MEMORY // bytes_of_a_layer(study))
     layers = range(study.layers)
     chunks = [tuple(layers[first : first + at_once]) for first in range(0, study.layers, at_once)]
     return [Pass(prompt, chunk) for prompt in range(len(study.prompts)) for chunk in chunks]
+
+
+def bytes_of_a_layer(study: Study) -> int:
+    """What a pass remembers at most of a layer: see `evaluate.py`."""
+    rows = max(study.query_blocks * study.block, TOKENS)
+    return 14 * len(study.rules) * len(study.tails) * study.heads * rows * study.head_dim
 
 
 def file_of(folder: Path, study: Study, each: Pass) -> Path:
