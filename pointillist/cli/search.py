@@ -53,7 +53,8 @@ def search(
     output = _checked(output)
     asked = {
         "model": model, "hardware": hardware, "target_speedup": target_speedup, "min_psnr": min_psnr, "speed": speed,
-        "prompts": None if prompts is None else str(prompts), "held_out": None if held_out is None else str(held_out),
+        "prompts": None if prompts is None else str(prompts.resolve()),
+        "held_out": None if held_out is None else str(held_out.resolve()),
         "verify": verify, "stages": stages, "steps": steps, "width": width, "height": height, "frames": frames,
         "device": device, "dtype": dtype, "download": download,
     }  # fmt: skip
@@ -95,6 +96,8 @@ def _run(
     wish = Wish(asked["target_speedup"], asked["min_psnr"], asked["speed"])
     if asked["hardware"] != "auto":
         load_profile(asked["hardware"])  # what is wrong is told before minutes are spent
+    if shard is not None:
+        _check_same(asked, folder / "request.json")
     prompts, held_out = (read_prompts(Path(asked[k])) if asked[k] else None for k in ("prompts", "held_out"))
     held_out = held_out if asked["verify"] else ()
     kind = getattr(torch, asked["dtype"]) if asked["dtype"] else None
@@ -110,18 +113,31 @@ def _run(
         search, verify = prepare_search(
             pipe, folder, prompts, held_out, progress, asked["stages"], num_inference_steps=asked["steps"], **size
         )
-        folder.mkdir(parents=True, exist_ok=True)
-        if not merging:
-            write(folder / "request.json", json.dumps(asked).encode())
-            search.measure(shard or (0, 1))
         if shard is None:
             profile, here = machine(asked["hardware"], search.study.dtype, pipe.device, progress)
+        if not merging:
+            search.measure(shard or (0, 1))
+            write(folder / "request.json", json.dumps(asked).encode())
+        if shard is None:
             found = search.find(wish, output.stem, profile, verify, here)
             found.record.save(found.plan, output)
     if shard is not None:
         print(json.dumps({"folder": str(folder)}) if as_json else f"shard {shard[0] + 1} of {shard[1]}: {folder}")
     else:
         _tell(found, output, folder, as_json)
+
+
+def _check_same(asked: dict[str, Any], request: Path) -> None:
+    """All shards of a search are asked for alike. Raises ValueError."""
+    if not request.is_file():
+        return
+    before = json.loads(request.read_text(encoding="utf-8"))
+    for name, value in asked.items():
+        if before.get(name) != value:
+            raise ValueError(
+                f"{name} is {value!r}, but other shards in {request.parent} were measured with {before.get(name)!r}; "
+                "give all shards the same options, or another --folder"
+            )
 
 
 def _tell(found: "Found", output: Path, folder: Path, as_json: bool) -> None:

@@ -1,5 +1,6 @@
 """What machine this is."""
 
+import hashlib
 import os
 import platform
 from pathlib import Path
@@ -18,6 +19,15 @@ def detect() -> dict[str, Any]:
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "gpus": [{"name": d.name, "memory_gib": round(d.total_memory / 2**30, 1)} for d in devices],
     }
+
+
+def machine_name(device: Any) -> str:
+    """Twelve letters for this machine, a device of it and the number of threads: what measured times hold for."""
+    import torch
+
+    facts = detect()
+    about = [facts["processor"], facts["cores"], facts["gpus"], str(device), torch.get_num_threads()]
+    return hashlib.sha256(repr(about).encode()).hexdigest()[:12]
 
 
 def _processor_name() -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import tempfile
@@ -95,6 +94,10 @@ def prepare_search(
     prompts = shipped[:CALIBRATION] if prompts is None else prompts
     if held_out is None:
         held_out = tuple(prompt for prompt in shipped if prompt not in prompts)[:1]
+    elif held_out:
+        check_prompts(held_out, "the held-out prompts")
+        if both := [prompt for prompt in held_out if prompt in prompts]:
+            raise ValueError(f"{both[0]!r} is among the prompts to calibrate on and the held-out ones; keep it in one")
     return Search(pipe, study_of(pipe, prompts, **call), folder, progress, stages), held_out
 
 
@@ -135,12 +138,16 @@ def machine(hardware: str | os.PathLike[str], dtype: str, device: Any, progress:
     """The hardware profile, and whether it is of this machine: `auto` is, and is measured once for each dtype."""
     import torch
 
+    from pointillist.hardware import machine_name
     from pointillist.hardware.profile import load_profile
     from pointillist.search.calibrate import calibrate
+    from pointillist.search.cost_model import seconds_per
 
     if os.fspath(hardware) != "auto":
-        return load_profile(hardware), False
-    path = _cache() / f"{_machine_name(device)}-{dtype}.json"
+        named = load_profile(hardware)
+        seconds_per(named, getattr(torch, dtype))  # a dtype that it does not know is told at once
+        return named, False
+    path = _cache() / f"{machine_name(device)}-{dtype}.json"
     if path.exists():
         return load_profile(path), True
     profile = calibrate(
@@ -172,7 +179,9 @@ def read_prompts(path: Path) -> tuple[str, ...]:
 
 
 def check_prompts(prompts: tuple[str, ...], source: str = "prompts") -> None:
-    """Raises ValueError for none or too many."""
+    """Raises ValueError for none, too many, or what are not prompts."""
+    if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError(f"{source} is {prompts!r:.100}; it must be a tuple of texts")
     if not prompts:
         raise ValueError(f"{source} holds no prompt; one is enough")
     if len(prompts) > MOST_PROMPTS:
@@ -184,13 +193,3 @@ def check_prompts(prompts: tuple[str, ...], source: str = "prompts") -> None:
 
 def _cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pointillist" / "hardware"
-
-
-def _machine_name(device: Any) -> str:
-    import torch
-
-    from pointillist.hardware import detect
-
-    facts = detect()
-    about = [facts["processor"], facts["cores"], facts["gpus"], str(device), torch.get_num_threads()]
-    return hashlib.sha256(repr(about).encode()).hexdigest()[:12]

@@ -11,7 +11,7 @@ import torch
 from pointillist.accel.plan import Plan, Rule, Stage, Table
 from pointillist.accel.schedule import Schedule
 from pointillist.accel.tiles import Grid
-from pointillist.search.assign import OverBudget, Problem, assign
+from pointillist.search.assign import OverBudget, Problem, assign, at_price
 from pointillist.search.cost_model import CostModel
 from pointillist.search.profile import Profile
 from pointillist.search.site_call import SiteShape
@@ -20,6 +20,10 @@ from pointillist.search.timeline import SparseStep, Timeline, periods, timeline
 
 RESIDUAL_MEMORY = 4 * 2**30
 """Bytes that the residual of all sites and branches may take; else plans do without it."""
+CUTS = (1, 0.98, 0.95, 0.92, 0.88, 0.84, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
+"""Shares of a budget that are tried in turn."""
+WITHIN = 0.005
+"""A prediction that exceeds the wished time by this share of it is as wished."""
 SIDES = (0.85, 0.7, 0.55, 0.4, 0.3)
 """Of a picture, at which a plan's crossover is looked for."""
 
@@ -86,7 +90,7 @@ class Choices:
         self.stages = tuple((bucket,) for bucket in buckets) if stages else (tuple(buckets),)
         """The buckets that each table serves."""
         self._residual = self._residual_bytes() <= RESIDUAL_MEMORY
-        # without a residual there is nothing that a dense step in between makes young again
+        # what dense steps among the sparse ones are worth is known of the residual, not of patterns that learn anew
         self._timelines = {every: timeline(study, every) for every in (periods(study) if self._residual else (0,))}
         self._problems = {
             (tail, every): self._problem(tail, self._timelines[every])
@@ -107,15 +111,31 @@ class Choices:
         """The least error whose attention takes at most so many seconds of a clip. Raises OverBudget."""
         found: list[Choice] = []
         least = math.inf
-        for (tail, every), problem in self._problems.items():
+        for tail, every in self._problems:
             try:
-                chosen = assign(problem, self.budget(seconds, every))
-                found.append(self._choice(tail, every, problem, chosen))
+                found.append(self._within(seconds, tail, every))
             except OverBudget as error:
                 least = min(least, (error.least + self._dense_steps_seconds(every)) * self._scale)
         if not found:
             raise OverBudget(seconds, least)
         return min(found, key=lambda choice: choice.error)
+
+    def _within(self, seconds: float, tail: str, every: int) -> Choice:
+        """The least error of one schedule. What `assign` adds up leaves out what whole calls cost beside their heads:
+        its budget is cut until the calls as they are predicted take the time. Raises OverBudget."""
+        problem, budget = self.problem(tail, every), self.budget(seconds, every)
+        for share in CUTS:
+            try:
+                choice = self._choice(tail, every, problem, assign(problem, share * budget))
+            except OverBudget:
+                break
+            if self.attention_seconds(choice) <= (1 + WITHIN) * seconds:
+                return choice
+        fastest = self._choice(tail, every, problem, at_price(problem, 1e30))
+        least = self.attention_seconds(fastest)
+        if least <= seconds:
+            return fastest
+        raise OverBudget(budget, self.budget(least, every))
 
     def budget(self, seconds: float, every: int = 0) -> float:
         """What the cost model may predict for all sparse calls, if attention may take `seconds` of a clip."""
@@ -199,10 +219,34 @@ class Choices:
         return np.mean(mine, 0) if mine else np.zeros((self.study.layers, self.study.heads, len(self.study.rules)))
 
     def _step_errors(self, tail: str, step: SparseStep) -> np.ndarray:
-        """[layers, heads, candidates]: squared relative errors of a step."""
+        """[layers, heads, candidates]: squared relative errors of a step.
+
+        With w of the loss of an earlier step added, (1 − w)² + 2w·u of the loss is left, where u tells how unlike both
+        losses are: 1 less the cosine between them. It is known at two ages, and about linear in age.
+        """
         recorded = self.profile.errors[step.bucket, :, :, self.study.tails.index(tail)]  # [layers, rules, kinds, heads]
         plain, calibrated, recent = recorded.permute(2, 0, 3, 1).numpy()
-        return step.calibrated * calibrated + step.recent * recent if self._residual else plain
+        if not self._residual:
+            return plain
+        calibration, middles = self.study.calibration_step, self.study.bucket_steps
+        middle, before = middles[step.bucket], (calibration, *middles)[step.bucket]
+
+        def unlike(errors: np.ndarray, since: int) -> np.ndarray:
+            share = self._shares(middle, since)
+            left = np.divide(errors, plain, out=np.zeros_like(plain), where=plain > 0) - (1 - share) ** 2
+            return np.maximum(left, 0) / np.maximum(2 * share, 1e-9)
+
+        mixed = step.calibrated * unlike(calibrated, calibration) + step.recent * unlike(recent, before)
+        share = self._shares(step.step, step.since)
+        return plain * ((1 - share) ** 2 + 2 * share * mixed)
+
+    def _shares(self, step: int, since: int) -> np.ndarray:
+        """[candidates]: what share of an earlier step's loss is added (`tails.py`); all where a head is reused."""
+        left = (self.study.steps - step) / (self.study.steps - since)
+        skipped = {True: 1.0, False: 0.0}
+        return np.array(
+            [skipped[bool(dict(r.options).get("reuse"))] if r.pattern == "skip" else left for r in self.study.rules]
+        )
 
     def _clip_errors(self, tail: str, steps: Timeline, buckets: tuple[int, ...]) -> np.ndarray:
         """[layers, heads, candidates]: mean squared error of the clip for choices in these buckets' sparse steps.

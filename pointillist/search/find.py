@@ -9,7 +9,6 @@ What was measured lies in the search's folder, each part in a file of its own th
 it depends on. So a search that was interrupted goes on, and several machines may share the parts of one.
 """
 
-import hashlib
 import json
 import math
 import platform
@@ -26,6 +25,7 @@ from filelock import FileLock, Timeout
 from safetensors.torch import save as to_safetensors
 
 from pointillist.accel.plan import Plan
+from pointillist.hardware import machine_name
 from pointillist.hardware.profile import HardwareProfile
 from pointillist.search.assign import OverBudget
 from pointillist.search.cost_model import CostModel
@@ -82,9 +82,9 @@ class Search:
         jobs: list[Pass | None] = [*passes(self.study), None]
         mine = jobs[shard[0] :: shard[1]]
         playback = None
-        with self._alone(f"shard {shard[0] + 1} of {shard[1]}"):
-            for number, job in enumerate(mine, 1):
-                path = self._weights_file if job is None else file_of(self.folder, self.study, job)
+        for number, job in enumerate(mine, 1):
+            path = self._weights_file if job is None else file_of(self.folder, self.study, job)
+            with self._alone(path.stem):
                 if path.exists():
                     continue
                 told = self._told(f"part {number} of {len(mine)}: ")
@@ -108,7 +108,10 @@ class Search:
         """
         with self._alone("the choice"):
             runs = Runs(self, held_out)
-            choices = self.choices(hardware, runs if here else None)
+            if here:
+                runs.dense_times()
+            with self.spent("cost model"):
+                choices = self.choices(hardware, runs if here else None)
             chosen, tries = meet(wish, choices, runs.of(choices, hardware.name) if held_out else None, here)
             return self._found(choices, chosen, tries, wish, name, hardware, runs, here)
 
@@ -116,7 +119,9 @@ class Search:
         if playback is None:
             playback = record_playback(self.pipe, self.study, told("a dense clip"))
         errors = bucket_errors(self.pipe, self.study, playback, told("how much errors of its steps move a clip"))
-        facts = {"seconds": playback.seconds, "flops": playback.flops, "sigmas": playback.sigmas}
+        facts = {
+            "seconds": playback.seconds, "machine": self.machine, "flops": playback.flops, "sigmas": playback.sigmas,
+        }  # fmt: skip
         write(self._weights_file, to_safetensors({"errors": torch.tensor(errors)}, {"dense": json.dumps(facts)}))
 
     @property
@@ -136,9 +141,10 @@ class Search:
         weights = (profile.moved * (tensors["errors"] / moved)[:, None]).double().numpy()
         model = CostModel(hardware, getattr(torch, self.study.dtype))
         times = predicted_times(model, self.study, profile, facts["flops"])
-        if runs is not None:
-            measured = DenseTimes(times.attention, max(0.0, facts["seconds"] - times.attention))
-            times = runs.dense_times() or measured
+        if runs is not None and (measured := runs.dense_times()):
+            times = measured
+        elif runs is not None and facts["machine"] == self.machine:
+            times = DenseTimes(times.attention, max(0.0, facts["seconds"] - times.attention))
         return Choices(self.study, profile, weights, model, times, tuple(facts["sigmas"]), self.stages)
 
     def _found(
@@ -162,7 +168,7 @@ class Search:
             figures = {**times, "psnr": measured.psnr, "ssim": measured.ssim, "density": measured.density}
             plan = replace(plan, measured={key: round(value, 4) for key, value in figures.items()})
         others = [each for each in _curve(choices) if not any(each.same_as(one.choice) for one in tries)]
-        points = [_point(each, None, more, here, each is chosen) for each in others]
+        points = [_point(each, None, more, here, each.same_as(chosen)) for each in others]
         points += [_point(each.choice, each.measured, more, here, each.choice is chosen) for each in tries]
         if measured is None and not any(point.chosen for point in points):
             points.append(_point(chosen, None, more, here, True))
@@ -188,19 +194,26 @@ class Search:
             kept_maps=_kept(choices, chosen).astype(np.float16),
         ))  # fmt: skip
 
+    @property
+    def machine(self) -> str:
+        """What measured times hold for."""
+        return machine_name(self.pipe.device)
+
     def bill(self) -> dict[str, float]:
         """Seconds that the parts of this search took, whenever they ran."""
         path = self.folder / "seconds.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return _read_json(path) if path.exists() else {}
 
     @contextmanager
     def spent(self, phase: str) -> Iterator[None]:
         """What is done inside goes on the bill."""
         start = time.perf_counter()
-        yield
-        bill = self.bill()
-        bill[phase] = round(bill.get(phase, 0.0) + time.perf_counter() - start, 2)
-        write(self.folder / "seconds.json", json.dumps(bill).encode())
+        try:
+            yield
+        finally:
+            bill = self.bill()
+            bill[phase] = round(bill.get(phase, 0.0) + time.perf_counter() - start, 2)
+            write(self.folder / "seconds.json", json.dumps(bill).encode())
 
     @contextmanager
     def _alone(self, what: str) -> Iterator[None]:
@@ -211,7 +224,7 @@ class Search:
                 yield
         except Timeout:
             raise SearchError(
-                f"another search is doing {what} in {self.folder}; wait for it, or give another --folder"
+                f"another search is at {what} in {self.folder}; wait for it, or give another --folder"
             ) from None
 
     def _told(self, prefix: str) -> Callable[[str], Callable[[int], None]]:
@@ -233,31 +246,37 @@ class Runs:
         """Of one dense clip; None if there are no prompts."""
         if not self.prompts:
             return None
-        path = self._search.folder / f"dense-{self._search.study.digest('dense', self.prompts)}.json"
+        path = (
+            self._search.folder / f"dense-{self._search.study.digest('dense', self.prompts, self._search.machine)}.json"
+        )
         if not path.exists():
             clips = [self._dense_clip(number) for number in range(len(self.prompts))]
             attention, denoise = (
                 float(np.median([getattr(each, name) for each in clips])) for name in ("attention", "denoise")
             )
             write(path, json.dumps([attention, denoise - attention]).encode())
-        return DenseTimes(*json.loads(path.read_text(encoding="utf-8")))
+        return DenseTimes(*_read_json(path))
 
     def of(self, choices: Choices, hardware: str) -> Callable[[Choice], Measured]:
         """What runs a choice, or remembers it."""
 
         def run(choice: Choice) -> Measured:
             plan = choices.plan(choice, "a try", hardware)
-            digest = hashlib.sha256(plan.to_json().encode()).hexdigest()[:16]
-            path = self._search.folder / f"run-{self._search.study.digest(digest, self.prompts)}.json"
+            path = self._file("run", plan.to_json())
             if not path.exists():
                 dense = [self._dense_clip(number) for number in range(len(self.prompts))]
                 phase = f"verifying at density {_density(plan):.2f}"
                 with self._search.spent("verification"):
                     each = [against(one, self._clip(plan, number, phase)) for number, one in enumerate(dense)]
                 write(path, json.dumps([asdict(one) for one in each]).encode())
-            return _median([Measured(**one) for one in json.loads(path.read_text(encoding="utf-8"))])
+            return _median([Measured(**one) for one in _read_json(path)])
 
         return run
+
+    def _file(self, kind: str, *about: str) -> Path:
+        """Where results lie, which hold for these prompts and this machine."""
+        search = self._search
+        return search.folder / f"{kind}-{search.study.digest(kind, *about, self.prompts, search.machine)}.json"
 
     def _dense_clip(self, number: int) -> Clip:
         if number not in self._dense:
@@ -274,6 +293,14 @@ class Runs:
         )  # fmt: skip
 
 
+def _read_json(path: Path) -> Any:
+    """Raises SearchError for a file that is not one of ours."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise SearchError(f"{path} is broken: {error}; delete it and run the same command again") from error
+
+
 def predicted_times(model: CostModel, study: Study, profile: Profile, flops: float) -> DenseTimes:
     """Of a dense clip on a machine that is not this one; `flops` are those of one forward pass beside self-attention,
     taken to run as efficiently as dense attention."""
@@ -284,12 +311,14 @@ def predicted_times(model: CostModel, study: Study, profile: Profile, flops: flo
 
 
 def _curve(choices: Choices) -> list[Choice]:
-    found = []
+    found: list[Choice] = []
     for speedup in CURVE:
         try:
-            found.append(choices.at_attention(choices.dense.attention / speedup))
+            choice = choices.at_attention(choices.dense.attention / speedup)
         except OverBudget:
             break
+        if not found or not choice.same_as(found[-1]):
+            found.append(choice)
     return found
 
 

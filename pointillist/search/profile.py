@@ -113,7 +113,8 @@ class Recorder:
     ) -> None:
         self.study, self.handle = study, handle
         self.prompt, self.layers = each.prompt, each.layers
-        self.playback = Playback()
+        looked_at = (study.calibration_step, *study.bucket_steps)
+        self.playback = Playback(looked_at if len(looked_at) < study.steps else ())
         self._sites = weights
         self._known: dict[tuple[str, str], dict[Any, Remembered]] = {}
         self._errors: dict[tuple[int, int], torch.Tensor] = {}

@@ -153,7 +153,7 @@ def settings(plan: Plan) -> list[tuple[str, str]]:
     dense = [
         *([f"the first {schedule.dense_steps}"] if schedule.dense_steps else []),
         *([f"those above {schedule.dense_above:.3g} of the first one's sigma"] if schedule.dense_above < 1 else []),
-        *([f"every {schedule.dense_every}. of the others"] if schedule.dense_every else []),
+        *([f"1 of {schedule.dense_every} of the others"] if schedule.dense_every else []),
     ]
     tail = plan.tail + (", and what was lost at the last dense step" if plan.residual else "")
     rows = [

@@ -7,7 +7,7 @@ In two steps, so that it costs a few forward passes and less than two clips, wha
     a bucket's errors  → the clip: one run for each bucket, in which all sites run sparsely in its steps; for the steps
                          before, the dense run's outputs are played back
 
-Squared errors are taken to add up over heads, layers and buckets.
+Squared errors are taken to add up over heads and layers; over steps, errors do (`curve.py`).
 """
 
 import statistics
@@ -48,7 +48,9 @@ def relative_error(true: torch.Tensor, other: torch.Tensor) -> float:
 class Playback:
     """What the transformers gave in a dense run of the first prompt, and the clip that came of it."""
 
-    def __init__(self) -> None:
+    def __init__(self, untimed: tuple[int, ...] = ()) -> None:
+        """`untimed`: steps whose time says nothing, because more than the pipeline's own work is done in them."""
+        self._untimed = untimed
         self.frames = np.zeros(0)
         self.sigmas: tuple[float, ...] = ()
         self.flops = 0
@@ -58,8 +60,8 @@ class Playback:
 
     @property
     def seconds(self) -> float:
-        """Of all forward passes, from their median: a few are longer because candidates were tried in them."""
-        return statistics.median(self._seconds) * len(self._seconds)
+        """Of all forward passes, from the median of those that are timed."""
+        return statistics.median(self._seconds) * len(self._outputs)
 
     def keep(self, transformer: str, branch: str, step: int | None, compute: Callable[[], Any]) -> Any:
         """Interceptor (see `Acceleration.intercept`) that remembers every output."""
@@ -72,7 +74,8 @@ class Playback:
             self.flops = counter.get_total_flops()
         if output[0].is_cuda:
             torch.cuda.synchronize(output[0].device)
-        self._seconds.append(time.perf_counter() - start)
+        if step not in self._untimed:
+            self._seconds.append(time.perf_counter() - start)
         self._outputs[transformer, branch, step] = output
         return output
 

@@ -1,8 +1,8 @@
 """Which steps are dense under a schedule, and how old is what the sparse ones know of them.
 
-What a sparse call loses changes slowly, so the residual of a dense step helps the more the younger it is: its squared
-error grows about linearly with age. Errors are recorded at two ages for each bucket; between them, and from none at age
-0, they are interpolated.
+What a sparse call loses changes slowly, so the residual of a dense step helps the more the younger it is: how unlike
+both losses are grows about linearly with the age. It is recorded at two ages for each bucket; between them, and from
+none at age 0, it is interpolated.
 """
 
 from dataclasses import dataclass
@@ -19,13 +19,14 @@ REFRESHES = 6
 class SparseStep:
     """A step that is not dense."""
 
+    step: int
     bucket: int
     since: int
     """The last dense step before it."""
     calibrated: float
-    """What part of the errors that were recorded with the residual of the calibration step is in its own."""
+    """How unlike its loss is to that of `since`: so much of what was recorded of the calibration step's."""
     recent: float
-    """Likewise, of those with the residual of the last step that was looked at."""
+    """And so much of what was recorded of the last step's that was looked at."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ def periods(study: Study) -> tuple[int, ...]:
     """Values of `dense_every` worth a try: none, and those that place 1, 2, … dense steps evenly."""
     steps = study.steps - study.dense_steps
     most = min(REFRESHES, steps - 1)
-    return tuple(dict.fromkeys([0, *(-(-(steps + 1) // (more + 1)) for more in range(1, most + 1))]))
+    found = [-(-(steps + 1) // (more + 1)) for more in range(1, most + 1)]
+    return tuple(dict.fromkeys([0, *(every for every in found if steps % every)]))  # the last step needs no other
 
 
 def timeline(study: Study, every: int) -> Timeline:
@@ -65,13 +67,13 @@ def timeline(study: Study, every: int) -> Timeline:
             if kinds[step] == "sparse":
                 since = max(each for each in range(step) if kinds[each] == "dense")
                 parts = _parts(step - since, middle - before, middle - study.calibration_step)
-                sparse.append(SparseStep(bucket, since, *parts))
+                sparse.append(SparseStep(step, bucket, since, *parts))
         before = middle
     return Timeline(every, kinds.count("dense"), tuple(sparse))
 
 
 def _parts(age: int, recent: int, calibrated: int) -> tuple[float, float]:
-    """What an error at some age has of those recorded at two: since calibration, and since the step before."""
+    """Linear in age, through 0 and what was recorded at two ages: since calibration, and since the step before."""
     if age <= recent or recent == calibrated:
         return 0.0, age / recent
     late = min(1.0, (age - recent) / (calibrated - recent))

@@ -73,7 +73,7 @@ def meet(wish: Wish, choices: Choices, run: Run | None, timed: bool) -> tuple[Ch
         SearchError: no plan can do it; says what can be had.
     """
     if wish.speedup is None and wish.psnr is None:
-        named = {name: _at_attention(choices, wanted) for name, wanted in ATTENTION_SPEEDUPS.items()}
+        named = _named(choices, wish.speed)
         tries = [Try(each, run(each)) for each in named.values()] if run is not None else []
         return named[wish.speed], tries
     tries = []
@@ -94,6 +94,18 @@ def meet(wish: Wish, choices: Choices, run: Run | None, timed: bool) -> tuple[Ch
     return max(
         good, key=lambda each: each.choice.speedup if wish.psnr is not None else each.measured.psnr
     ).choice, tries
+
+
+def _named(choices: Choices, wished: str) -> dict[str, Choice]:
+    """The choice of every named speed that can be had. Raises SearchError if the wished one cannot."""
+    found = {}
+    for name, speedup in ATTENTION_SPEEDUPS.items():
+        try:
+            found[name] = _at_attention(choices, speedup)
+        except SearchError:
+            if name == wished:
+                raise
+    return found
 
 
 def correction(tries: list[Try]) -> float:

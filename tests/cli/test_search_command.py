@@ -47,6 +47,8 @@ def test_a_plan_is_made_shown_and_used_again(tiny_folder, tmp_path, machine, few
     for shard in ("1/2", "2/2"):
         words_of_shard = [*words, "--shard", shard, "--folder", str(folder), "--output", str(output)]
         assert run(words_of_shard) == 0
+    assert run([*words_of_shard, "--stages"]) == 2
+    assert "other shards in" in capsys.readouterr().err
     (tmp_path / "merged").mkdir()
     merged = tmp_path / "merged" / "mine.safetensors"  # a plan has the name of its file
     assert run(["search", "merge", str(folder), "--output", str(merged)]) == 0
@@ -62,7 +64,7 @@ def test_a_plan_is_made_shown_and_used_again(tiny_folder, tmp_path, machine, few
         (["--output", "p.safetensors", "--target-speedup", "2", "--min-psnr", "30"], 2, "exclude each other"),
         (["--output", "p.safetensors", "--shard", "4/3"], 2, "must be i/n"),
         (["--output", "p.safetensors", "--speed", "warp"], 2, "allowed are quality, balanced, fast"),
-        (["--output", "p.safetensors", "--prompts", "absent.txt"], 2, "there is no file 'absent.txt'"),
+        (["--output", "p.safetensors", "--prompts", "absent.txt"], 2, "/absent.txt'; give a text file with one prompt"),
         (["--output", "p.safetensors", "--hardware", "abacus"], 2, "there is no hardware profile 'abacus'"),
         (["merge", "absent", "--output", "p.safetensors"], 1, "absent holds no search"),
     ],

@@ -1,7 +1,7 @@
 """A whole search on a tiny pipeline: resumed, sharded, refused, and what its predictions are made of."""
 
 import shutil
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +12,19 @@ from pointillist.accel.accelerate import accelerate
 from pointillist.accel.plan import Plan, Rule
 from pointillist.hardware.profile import load_profile
 from pointillist.pipelines.load import load_pipeline
-from pointillist.pipelines.search import find_plan, study_of
+from pointillist.pipelines.search import find_plan, machine, study_of
 from pointillist.search import profile
+from pointillist.search.assign import OverBudget
+from pointillist.search.cost_model import CostModel
+from pointillist.search.curve import Choices, DenseTimes
 from pointillist.search.errors import SearchError
+from pointillist.search.evaluate import evaluate
 from pointillist.search.find import Search
 from pointillist.search.record import SearchRecord
-from pointillist.search.run import run
+from pointillist.search.run import call_of, run
 from pointillist.search.sensitivity import REFERENCE, record_playback
 from pointillist.search.timeline import timeline
-from pointillist.search.wish import Wish
+from pointillist.search.wish import Wish, _named
 
 RULES = (
     Rule("dense", 1.0), Rule("skip", 1.0), Rule("skip", 1.0, (("reuse", True),)), REFERENCE, Rule("pooled", 0.5),
@@ -173,6 +177,77 @@ def test_more_time_gives_less_error_and_dense_none(tiny, measured):
     assert choices.at_attention(choices.dense.attention * 1.001).error == 0
 
 
+@pytest.mark.parametrize("stages", [False, True])
+def test_a_choice_takes_the_time_that_is_asked_for(tiny, measured, stages):
+    """As whole calls are predicted, which cost more than their heads; so on a machine where launches are dear."""
+    for hardware in (HARDWARE, replace(HARDWARE, launch_us=0.02, row_us=0.02)):
+        choices = make_search(tiny, measured, stages).choices(hardware, None)
+        for speedup in (1.05, 1.15):
+            seconds = choices.dense.attention / speedup
+            choice = choices.at_attention(seconds)
+            assert choices.attention_seconds(choice) <= 1.005 * seconds
+            total = sum(astuple(choices.dense))
+            assert choice.speedup == pytest.approx(total / (choices.attention_seconds(choice) + choices.dense.other))
+        with pytest.raises(OverBudget):
+            choices.at_attention(0.1 * choices.dense.attention / choices.study.steps)
+
+
+def test_a_named_speed_is_had_although_a_faster_one_is_not(tiny, measured, monkeypatch):
+    choices = make_search(tiny, measured).choices(HARDWARE, None)
+    monkeypatch.setattr("pointillist.search.wish.ATTENTION_SPEEDUPS", {"quality": 1.1, "fast": 100.0})
+    assert list(_named(choices, "quality")) == ["quality"]
+    with pytest.raises(SearchError, match="sparse attention does not pay here"):
+        _named(choices, "fast")
+
+
+def test_errors_behind_late_dense_steps_are_predicted(tiny):
+    """From two ages in each bucket, against errors measured at every step, where each third step is dense."""
+    call = {**CALL, "num_inference_steps": 20, "guidance_scale": 1.0}
+    rules = (Rule("dense", 1.0), Rule("skip", 1.0), Rule("skip", 1.0, (("reuse", True),)), Rule("window", 0.4))
+    study = replace(study_of(tiny, PROMPTS[:1], **call), rules=rules, block=8, tails=("pooled",))
+    calls, sites = {}, profile.output_weights(tiny)
+
+    def keep(site, branch, step, q, k, v, out):
+        calls[sites[site][0], step] = [x.clone() for x in (q, k, v, out)] + [handle.grid, sites[site][1]]
+
+    with accelerate(tiny, "none") as handle:
+        handle.observe(keep)
+        tiny(prompt=PROMPTS[0], **study.call, output_type="latent", generator=torch.Generator().manual_seed(0))
+
+    @torch.no_grad()
+    def errors(layer, since, step):
+        """[candidates, heads]: without the loss of `since`, and with it."""
+        known = {}
+        for at, calibrate in ((since, True), (step, False)):
+            q, k, v, out, grid, weight = calls[layer, at]
+            found = evaluate(
+                call_of(study, grid, layer, at, q, k, v), out.transpose(1, 2), weight, rules, study.tails, known, 100,
+                calibrate,
+            )  # fmt: skip
+        return found.values[:, 0, 0], found.values[:, 0, 1]
+
+    befores = (study.calibration_step, *study.bucket_steps)
+    recorded = torch.stack([
+        torch.stack([
+            torch.stack([
+                errors(layer, study.calibration_step, step)[0], errors(layer, study.calibration_step, step)[1],
+                errors(layer, before, step)[1],
+            ], 1) for layer in range(2)
+        ]) for before, step in zip(befores, study.bucket_steps, strict=False)
+    ])[:, :, :, None]  # fmt: skip
+    made = profile.Profile(recorded, torch.zeros(0), torch.zeros(0), torch.zeros(0), (3, 4, 4), 1)
+    choices = Choices(study, made, np.ones((3, 2)), CostModel(HARDWARE), DenseTimes(1.0, 1.0), (1.0,) * 20)
+    for every in (0, 3):
+        ratios = []
+        for step in timeline(study, every).sparse:
+            true = np.stack([errors(layer, step.since, step.step)[1].T.numpy() for layer in range(2)])
+            found = choices._step_errors("pooled", step)
+            assert np.allclose(found[:, :, 0], 0)
+            assert np.allclose(found[:, :, 1], true[:, :, 1], rtol=0.2)  # skipped: nothing depends on the age
+            ratios.append(found[:, :, 2:].sum((0, 1)) / true[:, :, 2:].sum((0, 1)))
+        assert 0.75 < np.median(ratios) < 1.33 and np.min(ratios) > 0.3 and np.max(ratios) < 3
+
+
 def test_a_least_psnr_holds_on_the_held_out_prompt(tiny, measured):
     least = 30.0
     result = found(tiny, measured, Wish(psnr=least), HELD_OUT)
@@ -193,8 +268,11 @@ def test_wishes_that_cannot_be_met_say_what_can(tiny, measured):
 
 def test_two_searches_in_one_folder(tiny, tmp_path):
     first, second = (make_search(tiny, tmp_path / "one") for _ in range(2))
-    with first._alone("shard 1 of 1"), pytest.raises(SearchError, match="another search is doing shard 1 of 1"):
+    part = first._weights_file.stem
+    with first._alone(part), pytest.raises(SearchError, match=f"another search is at {part} in"):
         second.measure()
+    with first._alone(part):
+        second.measure((0, 3))  # another part is free
 
 
 def test_a_broken_part_is_named(tiny, measured, tmp_path):
@@ -225,6 +303,12 @@ def test_what_cannot_be_searched(tiny):
             study_of(tiny, PROMPTS, **{**CALL, **changes})
     with pytest.raises(ValueError, match="holds no prompt"):
         study_of(tiny, (), **CALL)
+    with pytest.raises(ValueError, match="it must be a tuple of texts"):
+        study_of(tiny, "a red circle", **CALL)
+    with pytest.raises(ValueError, match="among the prompts to calibrate on and the held-out ones"):
+        find_plan(tiny, prompts=PROMPTS, held_out=PROMPTS[1:], hardware="h100", **CALL)
+    with pytest.raises(ValueError, match=r"knows .*, not float64"):
+        machine("h100", "float64", "cpu", lambda *of: None)
     with pytest.raises(ValueError, match="65 prompts; allowed are up to 64"):
         study_of(tiny, tuple(map(str, range(65))), **CALL)
 

@@ -21,6 +21,7 @@ def test_periods_place_more_and_more_dense_steps():
     assert periods(STUDY) == (0, 9, 6, 5, 4, 3)
     assert [timeline(STUDY, every).dense for every in periods(STUDY)] == [3, 4, 5, 6, 7, 8]
     assert periods(replace(STUDY, steps=2, dense_steps=1)) == (0,)
+    assert 7 not in periods(replace(STUDY, steps=50, dense_steps=8))  # its last dense step would be the last of all
 
 
 @pytest.mark.parametrize("every", [0, 2, 3, 4, 6, 9])
@@ -42,6 +43,7 @@ def test_errors_that_grow_with_age_are_found_at_any_age():
         dense = [2] + [step for step in range(3, 20) if every and (step - 3 + 1) % every == 0]
         numbers = [step for step in range(3, 20) if step not in dense]
         for number, step in zip(numbers, timeline(STUDY, every).sparse, strict=True):
+            assert step.step == number
             assert step.since == max(each for each in dense if each < number)
             calibrated, recent = recorded[step.bucket]
             found = step.calibrated * calibrated + step.recent * recent
