@@ -66,7 +66,8 @@ OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
 OTHER_TAILS = ("rectified", "rescaled", "pooled + residual")
 TAILS_SHOWN = ("random", "window", "pooled", "pyramid", "semantic (routing=error)")
 """Variants that are measured with every tail."""
-RESIDUAL = " + residual"
+RESIDUAL, UNTAILED = " + residual", " without tail"
+"""Behind a label: the plan with its residual; the plan without its tail."""
 UNMEASURED = ("dense", "skip")
 """Patterns that have no density."""
 
@@ -198,8 +199,7 @@ def _dense(call: Call) -> torch.Tensor:
 
 
 def measure_clips(prompts: int, densities: tuple[float, ...], labels: list[str]) -> None:
-    """PSNR and SSIM against the dense clip of the same prompt and seed, of variants by their labels; with ` + residual`
-    behind it, what the last dense step lost is added."""
+    """PSNR and SSIM against the dense clip of the same prompt and seed, of variants by their labels."""
     results = Results("patterns_clips")
     known = {label: (name, options) for label, name, options in variants()}
     for number in range(prompts):
@@ -208,9 +208,10 @@ def measure_clips(prompts: int, densities: tuple[float, ...], labels: list[str])
                 key = f"{label} | {density:g} | {number}"
                 if key in results.entries:
                     continue
-                name, options = known[label.removesuffix(RESIDUAL)]
+                name, options = known[label.removesuffix(RESIDUAL).removesuffix(UNTAILED)]
                 plan = Plan.uniform(name, density, dense_steps=DENSE_STEPS, block=BLOCK, **options)
-                results.add(key, _clip(replace(plan, residual=label.endswith(RESIDUAL)), number))
+                plan = replace(plan, residual=label.endswith(RESIDUAL), tail="none" if UNTAILED in label else plan.tail)
+                results.add(key, _clip(plan, number))
                 print(key, results.entries[key], flush=True)
 
 
@@ -245,18 +246,14 @@ def _run(plan: Plan | str, number: int) -> tuple[np.ndarray, Any]:
     return frames, handle.report()
 
 
-def best_variants(density: float, count: int) -> list[str]:
-    """Labels of the variants with the highest median PSNR of the clips so far, one for each pattern."""
+def best_patterns(count: int) -> list[str]:
+    """Those with the highest median PSNR at the first density, on the first two prompts."""
     found: dict[str, list[float]] = {}
     for key, entry in Results("patterns_clips").entries.items():
-        label, at, number = key.split(" | ")
-        if float(at) == density and int(number) < 2:
+        label, density, number = key.split(" | ")
+        if label in PATTERNS and float(density) == CLIP_DENSITIES[0] and int(number) < 2:
             found.setdefault(label, []).append(entry["psnr"])
-    ranked = sorted(found, key=lambda label: -statistics.median(found[label]))
-    best: dict[str, str] = {}
-    for label in ranked:
-        best.setdefault(label.split(" ")[0], label)
-    return list(best.values())[:count]
+    return sorted(found, key=lambda label: -statistics.median(found[label]))[:count]
 
 
 def tables() -> str:
@@ -310,10 +307,10 @@ def main() -> None:
     elif args.command == "sites":
         measure_sites(args.density or DENSITIES)
     elif args.command == "clips":
-        measure_clips(args.prompts or 2, args.density or CLIP_DENSITIES, args.only or [each[0] for each in variants()])
+        plain = [name for name in PATTERNS if name not in UNMEASURED]
+        measure_clips(args.prompts or 2, args.density or CLIP_DENSITIES, args.only or plain)
         if not (args.only or args.prompts or args.density):
-            best = best_variants(CLIP_DENSITIES[0], BEST)
-            measure_clips(len(PROMPTS), CLIP_DENSITIES, [*best, *(label + RESIDUAL for label in best)])
+            measure_clips(len(PROMPTS), CLIP_DENSITIES, best_patterns(BEST))
     else:
         print(tables())
 
