@@ -168,6 +168,7 @@ def test_an_interrupt_leaves_nothing_and_says_so(tiny_folder, tmp_path):
     process = subprocess.Popen(
         [*command, "--output", str(output), "--width", "192", "--height", "176", "--frames", "9", "--steps", "1000"],
         stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a test run in the background ignores it
     )  # fmt: skip
     lines = []
     for line in process.stderr:
