@@ -64,7 +64,10 @@ def test_round_trip(tmp_path):
         ({"table": [[{"pattern": "window", "density": 0.5, "options": {"frame_weight": 1e200}}]]}, "frame_weight"),
         ({"reuse_layers": 0}, "reuse_layers"),
         ({"table": [[{"pattern": "pooled", "density": 0.5, "options": {"colour": 1}}]]}, "no option 'colour'"),
-        ({"table": [[{"pattern": "pooled", "density": 0.5, "options": {"order": 7}}]]}, "must be like 'frames'"),
+        (
+            {"table": [[{"pattern": "pooled", "density": 0.5, "options": {"order": 7}}]]},
+            "must be a word; the default is 'frames'",
+        ),
         ({"table": [[{"pattern": "pooled", "density": 0.5, "options": {"order": "up"}}]]}, "allowed are tiles"),
         ({"table": [[{"pattern": "pooled", "density": 0.5, "options": {"order": ["tiles"]}}]]}, "must be a number"),
         ({"table": [[{"pattern": "pooled", "density": 0.5, "options": [1]}]]}, "must be an object"),

@@ -197,7 +197,7 @@ class Pattern:
                 allowed = ", ".join(known) or "none"
                 raise ValueError(f"{cls.name()} has no option {name!r}; its options are {allowed}")
             if type(value) is not type(known[name]) and not (type(known[name]) is float and type(value) is int):
-                raise ValueError(f"{cls.name()}'s option {name} is {value!r}; it must be like {known[name]!r}")
+                raise ValueError(f"{cls.name()}'s option {name} is {value!r}; it must be {_kind_of(known[name])}")
 
     @classmethod
     def check_values(cls, options: Mapping[str, Any]) -> None:
@@ -221,7 +221,7 @@ class Pattern:
                 options[name] = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
             except (KeyError, ValueError) as error:
                 raise ValueError(
-                    f"{cls.name()}'s option {name} is {value!r}; it must be like {known[name]!r}"
+                    f"{cls.name()}'s option {name} is {value!r}; it must be {_kind_of(known[name])}"
                 ) from error
         return options
 
@@ -244,6 +244,12 @@ class Pattern:
     def finish(self, call: Call, out: torch.Tensor) -> torch.Tensor:
         """Last word on the output [B, H, S, D] of these heads."""
         return out
+
+
+def _kind_of(default: Any) -> str:
+    """What values of an option are like, in words."""
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
+    return f"{words[type(default)]}; the default is {default!r}"
 
 
 def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
