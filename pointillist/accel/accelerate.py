@@ -11,7 +11,7 @@ import torch
 
 from pointillist.accel import bridge
 from pointillist.accel.blocks import blocks_in, places_in
-from pointillist.accel.choose_plan import Choice, choose_plan
+from pointillist.accel.choose_plan import Choice, choose_plan, with_caching
 from pointillist.accel.conflicts import AccelerateError, Target, check_arguments, targets_of
 from pointillist.accel.dense import DenseAttention
 from pointillist.accel.layouts import forget_layouts
@@ -20,6 +20,8 @@ from pointillist.accel.plan import Plan
 from pointillist.accel.report import Record, Report, make_report
 from pointillist.accel.run_state import watch_branches, watch_generations, wrap
 from pointillist.accel.site import Observer, Runtime, Site
+from pointillist.accel.step_cache.policy import Caching, CachingError
+from pointillist.accel.step_cache.stack import StepCache
 from pointillist.accel.tiles import Grid
 from pointillist.accel.timing import now
 from pointillist.accel.trained import check_keys, load_weights, watch_hidden_states, weights_of
@@ -30,7 +32,7 @@ Interceptor = Callable[[str, str, int | None, Callable[[], Any]], Any]
 def accelerate(
     pipe: Any,
     plan: Plan | str | os.PathLike[str] = "auto",
-    cache: str | None = "auto",
+    cache: Caching | str | None = "auto",
     regions: str | None = "auto",
     backend: str = "auto",
     dense: str = "auto",
@@ -42,7 +44,9 @@ def accelerate(
         pipe: a pipeline whose transformers are supported, not yet compiled (compile after this call).
         plan: `auto`, `none` (nothing changes, only measured), a `Plan`, the path of a plan file, or `quality`,
             `balanced` or `fast`, which `auto` is.
-        cache, regions: `auto` or `none`; no plan of this version says anything about either.
+        cache: `auto` (what the plan says), `none`, `easy` (needs no plan and no calibration), a `Caching`, or one in
+            words, like `first_block:threshold=0.1,predictor=taylor`.
+        regions: `auto` or `none`; no plan of this version says anything about them.
         backend: of sparse calls: `auto`, or a name from `pointillist.kernels.available_backends`.
         dense: of dense calls: `auto` (what the pipeline asks for), the name of one of Diffusers' attention backends
             (`native`, `_native_cudnn`, `flash`, `sage`, `xformers` …), or `fastest`: measured at the first dense call.
@@ -56,9 +60,9 @@ def accelerate(
         AccelerateError: something does not fit; nothing has been changed then.
         PlanError: the file is not a plan.
     """
-    targets = targets_of(pipe)
-    check_arguments(pipe, cache, regions, backend, dense)
-    choice = choose_plan(plan, targets)
+    targets = targets_of(pipe, sparse=plan != "none")
+    check_arguments(pipe, regions, backend, dense)
+    choice = with_caching(choose_plan(plan, targets), cache)
     return Acceleration(pipe, targets, choice, backend, dense, _weights(weights, targets))
 
 
@@ -85,6 +89,7 @@ class Acceleration:
         with ExitStack() as undo:  # undoes all of it if one installation fails
             self._watch_scheduler()
             undo.callback(lambda: self._unwatch_scheduler())
+            self._caches = _caches(choice, self._runtime, targets)
             for target in targets:
                 self._install(target, undo)
             undo.callback(forget_layouts)
@@ -145,7 +150,7 @@ class Acceleration:
 
     def _install(self, target: Target, undo: ExitStack) -> None:
         state, family, transformer = self._runtime.state, target.family, target.transformer
-        plan = self._choice.plan
+        plan, cache = self._choice.plan, self._caches.get(target.name)
 
         @torch.compiler.disable
         def entered(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -154,12 +159,19 @@ class Acceleration:
             hidden_states, timestep = family.inputs(args, kwargs)
             state.enter(target.name, timestep, family.grid(transformer, hidden_states))
             self._call_began(hidden_states.device)
+            if cache is not None:
+                cache.enter(hidden_states)
 
         @torch.compiler.disable
         def left(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if cache is not None:
+                cache.leave(output)
             state.leave()
 
         undo.callback(watch_branches(transformer, state))
+        if cache is not None:
+            undo.callback(cache.install())
+            undo.callback(family.watch_modulation(transformer, cache.modulated))
         undo.callback(transformer.register_forward_pre_hook(entered, with_kwargs=True).remove)
         undo.callback(transformer.register_forward_hook(left, always_call=True).remove)
         sites: dict[torch.nn.Module, Site] = {}
@@ -192,7 +204,7 @@ class Acceleration:
     def _generation_began(self, scheduler: Any) -> None:
         self._runtime.state.begin_generation(scheduler)
         self._runtime.forget()
-        self._runtime.record = Record()
+        self._runtime.record = Record(caching="" if self._choice.caching is None else str(self._choice.caching))
 
     def _call_began(self, device: torch.device) -> None:
         record = self._runtime.record
@@ -206,6 +218,7 @@ class Acceleration:
                 record.notes[f"dense: {strays} sites of {target.name} got another processor or backend"] += 1
 
     def _step_ended(self) -> None:
+        self._runtime.state.stepped()
         self._runtime.record.last_step = now(self._device)
         if self._runtime.state.was_last_step:
             self._runtime.forget()
@@ -218,6 +231,21 @@ class Acceleration:
         shorter = math.prod(grid) < math.prod(plan.grid)
         how = "as many keys for a query" if shorter else "the same densities"
         return f"{self._choice.source}; carried over from the grid {made_for} to {here} with {how}"
+
+
+def _caches(choice: Choice, runtime: Runtime, targets: tuple[Target, ...]) -> dict[str, StepCache]:
+    """By component name. Raises AccelerateError where a model lacks what the cache needs."""
+    if choice.caching is None:
+        return {}
+    try:
+        return {
+            each.name: StepCache(
+                choice.caching, runtime, each.name, each.transformer, each.family.fingerprint(each.transformer)
+            )
+            for each in targets
+        }
+    except CachingError as error:
+        raise AccelerateError(str(error)) from error
 
 
 def _weights(

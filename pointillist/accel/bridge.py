@@ -8,17 +8,23 @@ sees the same graph in every layer; a Python value per layer would recompile it 
 """
 
 import copy
+import inspect
 import itertools
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
+from diffusers.hooks._common import _ALL_TRANSFORMER_BLOCK_IDENTIFIERS
+from diffusers.hooks._helpers import TransformerBlockRegistry
 from diffusers.models.attention_dispatch import (
     AttentionBackendName,
     _AttentionBackendRegistry,
     _check_attention_backend_requirements,
     dispatch_attention_fn,
 )
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
 SiteHandler = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float | None], torch.Tensor]
 """(q, k, v [B, S, H, D], scale) → [B, S, H, D]."""
@@ -180,3 +186,79 @@ def caching_hooks(transformer: torch.nn.Module) -> list[str]:
         names.update(registry.hooks if registry is not None else ())
     words = ("cache", "fbc_", "pyramid_attention_broadcast", "taylorseer")
     return sorted(name for name in names if any(word in name for word in words))
+
+
+@dataclass(frozen=True)
+class Streams:
+    """How a block takes and gives hidden states, and those of the text where it changes them."""
+
+    hidden_name: str
+    text_name: str
+    places: tuple[int | None, int | None]
+    """Of both in the output; the second is None where the text is not changed."""
+    parameters: tuple[str, ...]
+    """Of the block's forward pass, in order."""
+
+    def into(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Both, from the arguments of a call; no text where it is not changed."""
+        named = dict(zip(self.parameters, args, strict=False)) | kwargs
+        return named[self.hidden_name], named.get(self.text_name) if self.places[1] is not None else None
+
+    def out_of(self, output: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Both, from what a block gave."""
+        if isinstance(output, torch.Tensor):
+            return output, None
+        hidden, text = self.places
+        return output[hidden or 0], None if text is None else output[text]
+
+    def give(self, hidden: torch.Tensor, text: torch.Tensor | None) -> Any:
+        """What a block would give."""
+        if self.places[1] is None:
+            return hidden
+        pair = [hidden, text]
+        return tuple(pair if self.places[0] == 0 else reversed(pair))
+
+
+def streams_of(block: torch.nn.Module) -> Streams:
+    """Raises ValueError for a block that Diffusers' registry does not know."""
+    kind: Any = type(block)
+    return _streams_of(kind)
+
+
+@lru_cache(maxsize=64)
+def _streams_of(kind: Any) -> Streams:
+    known = TransformerBlockRegistry.get(kind)
+    return Streams(
+        known.hidden_states_argument_name,
+        known.encoder_hidden_states_argument_name,
+        (known.return_hidden_states_index, known.return_encoder_hidden_states_index),
+        tuple(inspect.signature(kind.forward).parameters)[1:],
+    )
+
+
+def block_lists(transformer: torch.nn.Module) -> dict[str, torch.nn.ModuleList]:
+    """The transformer's lists of blocks by name, in the order of its forward pass; none if one of them is unknown."""
+    lists = {
+        name: child
+        for name, child in transformer.named_children()
+        if name in _ALL_TRANSFORMER_BLOCK_IDENTIFIERS and isinstance(child, torch.nn.ModuleList) and len(child)
+    }
+    try:
+        for blocks in lists.values():
+            for block in blocks:
+                streams_of(block)
+    except ValueError:
+        return {}
+    return lists
+
+
+def output_like(transformer: torch.nn.Module, sample: torch.Tensor, as_object: bool) -> Any:
+    """What the transformer's forward pass would return."""
+    return Transformer2DModelOutput(sample=sample) if as_object else (sample,)
+
+
+def foreign_cache(transformer: torch.nn.Module) -> str:
+    """Which other package caches `transformer`, as far as its marks show; "" if none does."""
+    marks = {"_is_cached": "cache-dit or ParaAttention", "enable_teacache": "TeaCache"}
+    found = (package for mark, package in marks.items() if getattr(transformer, mark, False))
+    return next(found, "")

@@ -7,6 +7,7 @@ from pathlib import Path
 from pointillist.accel import plans
 from pointillist.accel.conflicts import AccelerateError, Target
 from pointillist.accel.plan import Plan, PlanError, Table
+from pointillist.accel.step_cache.policy import Caching, CachingError
 
 SPEEDS = ("quality", "balanced", "fast")
 DENSITIES = {"quality": 0.35, "balanced": 0.2, "fast": 0.1}
@@ -19,6 +20,8 @@ class Choice:
     """None: every step is left to Diffusers' own attention."""
     source: str
     """Why this plan, in words."""
+    caching: Caching | None = None
+    """How steps are reused; the plan's schedule names none if this is none."""
 
 
 def choose_plan(wish: Plan | str | os.PathLike[str], targets: tuple[Target, ...]) -> Choice:
@@ -53,6 +56,30 @@ def choose_plan(wish: Plan | str | os.PathLike[str], targets: tuple[Target, ...]
             except PlanError as error:
                 raise AccelerateError(f"{error}; give a plan made for it, or plan='auto'") from error
     return choice
+
+
+def with_caching(choice: Choice, wish: Caching | str | None) -> Choice:
+    """The choice with the cache that is wished for: `auto` is the plan's own.
+
+    Raises:
+        AccelerateError: the wish is none.
+    """
+    plan = choice.plan
+    if wish == "auto":
+        scheduled = plan is not None and bool(plan.schedule.computed)
+        own = None if plan is None else plan.cache
+        return replace(choice, caching=Caching("schedule", predictor="taylor") if scheduled and own is None else own)
+    try:
+        caching = Caching.parse(wish) if isinstance(wish, str) and wish != "none" else wish
+    except CachingError as error:
+        raise AccelerateError(str(error)) from error
+    if not isinstance(caching, Caching):
+        caching = None
+    if plan is not None and (caching is None or caching.decider != "schedule"):
+        plan = replace(plan, cache=caching, schedule=replace(plan.schedule, computed=()))
+    if caching is not None and caching.decider == "schedule" and (plan is None or not plan.schedule.computed):
+        raise AccelerateError("cache='schedule' follows a plan's schedule, and this plan's has no cached steps")
+    return replace(choice, plan=plan, caching=caching)
 
 
 def shipped_plans() -> list[Plan]:

@@ -8,7 +8,7 @@ import torch
 
 from pointillist.accel import bridge
 from pointillist.accel.dense import check_dense
-from pointillist.accel.models import SUPPORTED, family_of
+from pointillist.accel.models import SUPPORTED, family_of, other
 from pointillist.kernels import choose_backend
 
 
@@ -25,8 +25,8 @@ class Target:
     family: ModuleType
 
 
-def targets_of(pipe: Any) -> tuple[Target, ...]:
-    """The transformers of `pipe`, all of them free of conflicts.
+def targets_of(pipe: Any, sparse: bool = True) -> tuple[Target, ...]:
+    """The transformers of `pipe`, all of them free of conflicts; with `sparse` they have an adapter for attention.
 
     Raises:
         AccelerateError: one is of an unsupported class, already accelerated, cached, compiled or parallel.
@@ -35,7 +35,7 @@ def targets_of(pipe: Any) -> tuple[Target, ...]:
     if not isinstance(components, dict):
         raise AccelerateError(f"{type(pipe).__name__} is not a Diffusers pipeline: it has no components")
     found = {name: components.get(name) for name in ("transformer", "transformer_2")}
-    targets = tuple(_target(name, module) for name, module in found.items() if module is not None)
+    targets = tuple(_target(name, module, sparse) for name, module in found.items() if module is not None)
     if not targets:
         raise AccelerateError(f"{type(pipe).__name__} has no transformer; supported are pipelines with a {SUPPORTED}")
     for method in ("set_timesteps", "step"):
@@ -44,13 +44,12 @@ def targets_of(pipe: Any) -> tuple[Target, ...]:
     return targets
 
 
-def check_arguments(pipe: Any, cache: str | None, regions: str | None, backend: str, dense: str) -> None:
+def check_arguments(pipe: Any, regions: str | None, backend: str, dense: str) -> None:
     """Raises AccelerateError for values that this version cannot carry out."""
-    for name, value in (("cache", cache), ("regions", regions)):
-        if value not in ("auto", "none", None):
-            raise AccelerateError(
-                f"{name}={value!r} is not available; allowed are 'auto' (what the plan says) and 'none'"
-            )
+    if regions not in ("auto", "none", None):
+        raise AccelerateError(
+            f"regions={regions!r} is not available; allowed are 'auto' (what the plan says) and 'none'"
+        )
     try:
         device = torch.device(getattr(pipe, "_execution_device", pipe.device))  # they differ when offloading
         choose_backend(device, backend)
@@ -59,13 +58,20 @@ def check_arguments(pipe: Any, cache: str | None, regions: str | None, backend: 
         raise AccelerateError(str(error)) from error
 
 
-def _target(name: str, transformer: torch.nn.Module) -> Target:
+def _target(name: str, transformer: torch.nn.Module, sparse: bool) -> Target:
     described = f"pipe.{name} ({type(transformer).__name__})"
     if bridge.is_compiled(transformer):
         raise AccelerateError(f"{described} is compiled; call accelerate first and torch.compile after it")
     family = family_of(transformer)
     if family is None:
         raise AccelerateError(f"{described} is not supported; supported is {SUPPORTED}")
+    if family is other and sparse:
+        raise AccelerateError(
+            f"{described} is not supported by sparse attention, {SUPPORTED} is; "
+            "accelerate(pipe, plan='none', cache='easy') reuses steps of any model"
+        )
+    if bridge.foreign_cache(transformer):
+        raise AccelerateError(f"{described} is cached by {bridge.foreign_cache(transformer)}; remove that first")
     sites = family.sites(transformer)
     if any(bridge.is_routed(attention) for _, attention in sites):
         raise AccelerateError(f"{described} is already accelerated; call restore() on the first handle")

@@ -16,6 +16,7 @@ from safetensors.numpy import save as to_safetensors
 
 from pointillist.accel.patterns import PATTERNS, pattern_class
 from pointillist.accel.schedule import Schedule
+from pointillist.accel.step_cache.policy import Caching, CachingError
 from pointillist.files import write_whole
 
 SCHEMA = 1
@@ -23,6 +24,7 @@ TAILS = ("none", "pooled", "rectified", "rescaled")
 QUANTIZED = ("none", "int8", "int8_fp8")
 MAX_LAYERS = MAX_HEADS = 1024
 MAX_STAGES = 64
+MAX_STEPS = 1000
 
 
 class PlanError(ValueError):
@@ -99,6 +101,8 @@ class Plan:
     """Add what was lost at the last dense step, ever less of it (after Re-ttention). A site remembers as much as q for
     each branch, which large models have no room for."""
     schedule: Schedule = field(default_factory=Schedule)
+    cache: Caching | None = None
+    """Which steps reuse what earlier ones computed; none where the schedule caches none either."""
     block: int = 128
     """At most so many tokens are in a block."""
     quantized: str = "none"
@@ -210,6 +214,8 @@ class Plan:
         """The plan as a JSON object, the inverse of `from_json`."""
         stages = [{**asdict(stage), "table": _table_to_lists(stage.table)} for stage in self.stages]
         values = {"schema": SCHEMA, **asdict(self), "table": _table_to_lists(self.table), "stages": stages}
+        if self.cache is not None:
+            values["cache"]["options"] = dict(self.cache.options)
         return json.dumps(values, indent=1, allow_nan=False)
 
     @classmethod
@@ -230,10 +236,15 @@ class Plan:
         try:
             stages = tuple(_stage_from(stage) for stage in values.get("stages", ()))
             table = _table_from_lists(values["table"])
-            schedule = Schedule(**_only_fields(Schedule, values.get("schedule", {}), "schedule"))
+            schedule = _schedule_from(values.get("schedule", {}))
+            cache = None if values.get("cache") is None else _caching_from(values["cache"])
             grid = values.get("grid")
-            values.update(table=table, stages=stages, schedule=schedule, grid=None if grid is None else tuple(grid))
-            return cls(**values)
+            grid = None if grid is None else tuple(grid)
+            return cls(
+                **{**values, "table": table, "stages": stages, "schedule": schedule, "cache": cache, "grid": grid}
+            )
+        except CachingError as error:
+            raise PlanError(str(error)) from error
         except (TypeError, KeyError) as error:
             raise PlanError(f"the plan lacks a value or has one of the wrong kind: {error}") from error
 
@@ -304,15 +315,31 @@ def _check(plan: Plan) -> None:
         raise PlanError(f"min_tokens is {plan.min_tokens!r}; it must be a whole number, 0 or more")
     if plan.grid is not None and not (len(plan.grid) == 3 and all(_is_count(n) and n > 0 for n in plan.grid)):
         raise PlanError(f"grid is {plan.grid!r}; it must be three whole numbers (T, H, W), each at least 1")
-    if not _is_count(plan.schedule.dense_steps):
-        raise PlanError(f"dense_steps is {plan.schedule.dense_steps!r}; it must be a whole number, 0 or more")
-    if not _is_count(plan.schedule.dense_every):
-        raise PlanError(f"dense_every is {plan.schedule.dense_every!r}; it must be a whole number, 0 or more")
-    if not _is_number(plan.schedule.dense_above) or not 0 <= plan.schedule.dense_above <= 1:
-        raise PlanError(f"dense_above is {plan.schedule.dense_above!r}; it must be a number from 0 to 1")
+    _check_schedule(plan.schedule)
+    if plan.cache is not None and not isinstance(plan.cache, Caching):
+        raise PlanError(f"cache is {plan.cache!r:.200}; it must be a Caching, or nothing")
+    if plan.schedule.computed and plan.cache is not None and plan.cache.decider != "schedule":
+        raise PlanError(f"the schedule says which steps are cached, and so does the cache {plan.cache}; take one away")
     for figures in (plan.predicted, plan.measured):
         if not isinstance(figures, dict) or not all(_is_number(value) for value in figures.values()):
             raise PlanError(f"predicted and measured must be objects of numbers; one is {figures!r}")
+
+
+def _check_schedule(schedule: Schedule) -> None:
+    for name in ("dense_steps", "dense_every", "region_every"):
+        if not _is_count(getattr(schedule, name)):
+            raise PlanError(f"{name} is {getattr(schedule, name)!r}; it must be a whole number, 0 or more")
+    if schedule.region_every < 1:
+        raise PlanError("region_every is 0; it must be 1 or more")
+    for name in ("dense_above", "region_from", "region_to"):
+        value = getattr(schedule, name)
+        if not _is_number(value) or not 0 <= value <= 1:
+            raise PlanError(f"{name} is {value!r}; it must be a number from 0 to 1")
+    points = schedule.computed
+    if not isinstance(points, tuple) or len(points) > MAX_STEPS:
+        raise PlanError(f"computed is {points!r:.200}; it must hold at most {MAX_STEPS} numbers")
+    if not all(_is_number(point) and 0 <= point <= 1 for point in points):
+        raise PlanError(f"computed is {points!r:.200}; it must hold numbers from 0 to 1")
 
 
 def _check_stages(stages: tuple[Stage, ...]) -> None:
@@ -353,6 +380,20 @@ def _check_options(pattern: str, options: Any) -> None:
         pattern_class(pattern).check_values(dict(options))
     except (TypeError, ValueError) as error:
         raise PlanError(str(error)) from error
+
+
+def _schedule_from(values: Any) -> Schedule:
+    values = _only_fields(Schedule, values, "schedule")
+    return Schedule(**{**values, "computed": tuple(values.get("computed", ()))})
+
+
+def _caching_from(values: Any) -> Caching:
+    values = _only_fields(Caching, values, "cache")
+    options = values.get("options", {})
+    if not isinstance(options, dict) or len(options) > 16:
+        raise PlanError(f"a cache's options are {options!r:.200}; they must be an object")
+    options = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+    return Caching(**{**values, "options": tuple(sorted(options.items()))})
 
 
 def _stage_from(values: Any) -> Stage:

@@ -34,6 +34,12 @@ class Record:
     grid: Grid | None = None
     backend: tuple[str, str] | None = None
     """Name and reason, once a sparse call has run."""
+    decisions: list[tuple[int, str, bool, float | None]] = field(default_factory=list)
+    """Of the step cache: step, branch, whether it was reused, and the distance that decided."""
+    caching: str = ""
+    """The step cache, in words; "" where there is none."""
+    held: dict[str, int] = field(default_factory=dict)
+    """Bytes that parts remembered at most."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,19 @@ class Report:
     tokens: int
     fallbacks: list[str]
     """What ran densely although the plan said sparse, and why."""
+    kinds: tuple[str, ...] = ()
+    """Of every step in turn."""
+    cache: str = ""
+    """What decided which steps to reuse."""
+    distances: dict[int, float] = field(default_factory=dict)
+    """What the step cache went by, the first branch's, where it had to decide."""
+    held: dict[str, int] = field(default_factory=dict)
+    """Bytes that parts remembered at most."""
+
+    @property
+    def skipped(self) -> float:
+        """The share of steps that were not computed."""
+        return self.steps["cached"] / max(1, len(self.kinds))
 
     def __str__(self) -> str:
         steps = ", ".join(f"{count} {kind}" for kind, count in self.steps.items() if count) or "none"
@@ -77,6 +96,8 @@ class Report:
             ),
             ("", f"{self.density_overall:.3f} over all calls"),
             ("attention", f"{self.attention_seconds:.2f} s of {self.denoise_seconds:.2f} s of denoising"),
+            *([("cache", f"{self.cache}: {self.skipped:.0%} of the steps reused")] if self.cache else []),
+            *(("memory", f"{part}: {_size(count)}") for part, count in self.held.items()),
             *(("fallback", reason) for reason in self.fallbacks),
         ]
         return "\n".join(f"{name:<10} {value}" for name, value in rows)
@@ -85,12 +106,13 @@ class Report:
 def make_report(record: Record, plan: str, plan_source: str, dense_backend: tuple[str, str]) -> Report:
     """Waits for the device, so it is for after a generation."""
     densities: defaultdict[str, list[float]] = defaultdict(list)
-    steps: dict[int, str] = {}
     for call in record.calls:
         if call.density is not None:
             densities[call.site].append(float(call.density))
-        if call.step is not None and (call.density is not None or call.step not in steps):
-            steps[call.step] = "dense" if call.density is None else "sparse"
+    steps = _kinds(record)
+    notes = [f"{reason} ({count} calls)" for reason, count in record.notes.items()]
+    if record.caching and record.decisions and "cached" not in steps.values():
+        notes.append("cache: no step was reused; a greater threshold would")
     sparse = [density for each in densities.values() for density in each]
     calls = len(record.calls)
     sites = dict.fromkeys(call.site for call in record.calls)
@@ -112,8 +134,38 @@ def make_report(record: Record, plan: str, plan_source: str, dense_backend: tupl
         attention_seconds=sum(seconds_between(call.start, call.end) for call in record.calls),
         denoise_seconds=denoise,
         tokens=record.grid[0] * record.grid[1] * record.grid[2] if record.grid else 0,
-        fallbacks=[f"{reason} ({count} calls)" for reason, count in record.notes.items()],
+        fallbacks=notes,
+        kinds=tuple(steps[step] for step in sorted(steps)),
+        cache=record.caching,
+        distances=_distances(record),
+        held=dict(record.held),
     )
+
+
+def _kinds(record: Record) -> dict[int, str]:
+    """Of every step; one is cached if no branch computed it."""
+    steps: dict[int, str] = {}
+    for call in record.calls:
+        if call.step is not None and (call.density is not None or call.step not in steps):
+            steps[call.step] = "dense" if call.density is None else "sparse"
+    computed = {step for step, _, reused, _ in record.decisions if not reused}
+    for step, *_ in record.decisions:
+        if step not in computed:
+            steps[step] = "cached"
+        steps.setdefault(step, "dense")  # of a model whose attention is not followed
+    return steps
+
+
+def _distances(record: Record) -> dict[int, float]:
+    found: dict[int, float] = {}
+    for step, _, _, distance in record.decisions:
+        if distance is not None:
+            found.setdefault(step, distance)
+    return found
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**20:.1f} MiB" if count < 2**30 else f"{count / 2**30:.2f} GiB"
 
 
 def _mean(values: list[float]) -> float:

@@ -31,11 +31,12 @@ class RunState:
         """The last transformer call was of the generation's last step."""
         self._context: str | None = None
         self._timesteps: torch.Tensor | None = None
+        self._done = 0
         self._unnamed: tuple[tuple[str, int | None], int] = (("", None), 0)
 
     def begin_generation(self, scheduler: Any) -> None:
         """Take over the steps that `scheduler` has just set; what an earlier generation left is dropped."""
-        self._timesteps = torch.as_tensor(scheduler.timesteps)
+        self._timesteps, self._done = torch.as_tensor(scheduler.timesteps), 0
         levels = getattr(scheduler, "sigmas", None)
         count = len(self._timesteps)
         usable = levels is not None and len(levels) >= count
@@ -43,10 +44,14 @@ class RunState:
         self._unnamed = (("", None), 0)
         self.leave()
 
-    def enter(self, expert: str, timestep: torch.Tensor, grid: Grid) -> None:
-        """A transformer call begins."""
+    def stepped(self) -> None:
+        """The scheduler has taken a step."""
+        self._done += 1
+
+    def enter(self, expert: str, timestep: torch.Tensor | None, grid: Grid) -> None:
+        """A transformer call begins; without a timestep, at as many steps as the scheduler has taken."""
         self.expert, self.grid, self.thread = expert, grid, threading.get_ident()
-        self.step = self._step_of(timestep)
+        self.step = self._step_of(timestep) if timestep is not None else self._next_step()
         self.was_last_step = self.step is not None and self.step == len(self.sigmas) - 1
         self.branch = self._context if self._context is not None else self._place_within_step()
 
@@ -62,6 +67,9 @@ class RunState:
             yield
         finally:
             self._context = outer
+
+    def _next_step(self) -> int | None:
+        return self._done if self._done < len(self.sigmas) else None
 
     def _step_of(self, timestep: torch.Tensor) -> int | None:
         """The index of `timestep` in the scheduler's list; None if it is not in it.

@@ -1,35 +1,73 @@
-"""Which steps are dense."""
+"""What each step of a generation does: dense, sparse, cached or region."""
 
 from dataclasses import dataclass
+from functools import lru_cache
+
+KINDS = ("dense", "sparse", "cached", "region")
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The first steps decide the layout of the picture and are dense; the others follow the patterns."""
+    """The first steps decide the layout of the picture and are dense; the others follow the patterns.
+
+    Sigmas are given as shares of the first one's, so that a schedule carries to any step count.
+    """
 
     dense_steps: int = 0
     """At least so many first steps are dense, whatever their sigmas."""
     dense_above: float = 1.0
-    """Steps whose sigma exceeds this share of the first one's are dense: it carries to any step count."""
+    """Steps whose sigma exceeds this share of the first one's are dense."""
     dense_every: int = 0
-    """Of the steps after those, every n-th is dense (Re-ttention's refresh); 0 is none."""
+    """Of the computed steps after those, every n-th is dense (Re-ttention's refresh); 0 is none."""
+    computed: tuple[float, ...] = ()
+    """The transformer is computed at the steps next to these sigmas, at others what it gave is reused; none named: it
+    is computed at every step. More steps are then as many computed ones, and as good."""
+    region_from: float = 0.0
+    """Computed steps after the dense ones whose sigma is at most this share of the first one's update a part of the
+    tokens; 0 is none."""
+    region_to: float = 0.0
+    """But at least this share."""
+    region_every: int = 4
+    """Of those, the first and every n-th after it compute all tokens nevertheless."""
 
     def kind(self, step: int | None, sigmas: tuple[float, ...]) -> str:
-        """`dense` or `sparse`. A schedule without dense steps needs no `step`; else an unknown step is dense.
+        """One of `KINDS`. A schedule without dense steps needs no `step`; else an unknown step is dense.
 
         Args:
             step: index into `sigmas`, None outside of a generation.
             sigmas: of all steps, descending from the noisiest; the scheduler's own units.
         """
-        if self.dense_steps == 0 and self.dense_above >= 1 and not self.dense_every:
-            return "sparse"
-        if step is None or step < self.dense_steps:
-            return "dense"
-        if sigmas[step] > self.dense_above * sigmas[0]:
-            return "dense"
-        since = step - self._first_sparse(sigmas)
-        return "dense" if self.dense_every and (since + 1) % self.dense_every == 0 else "sparse"
+        if step is None:
+            plain = self.dense_steps == 0 and self.dense_above >= 1 and not self.dense_every
+            return "sparse" if plain else "dense"
+        return kinds(self, sigmas)[step]
 
-    def _first_sparse(self, sigmas: tuple[float, ...]) -> int:
-        above = sum(sigma > self.dense_above * sigmas[0] for sigma in sigmas)
-        return max(self.dense_steps, above)
+
+@lru_cache(maxsize=256)
+def kinds(schedule: Schedule, sigmas: tuple[float, ...]) -> tuple[str, ...]:
+    """The kinds of all steps."""
+    computed = _computed(schedule, sigmas)
+    after, in_region = 0, 0  # computed steps after the first dense ones; those of them in the range of regions
+    found = []
+    for step, sigma in enumerate(sigmas):
+        share = sigma / sigmas[0]
+        if step not in computed:
+            found.append("cached")
+        elif step < schedule.dense_steps or share > schedule.dense_above:
+            found.append("dense")
+        else:
+            after += 1
+            kind = "dense" if schedule.dense_every and after % schedule.dense_every == 0 else "sparse"
+            if schedule.region_to <= share <= schedule.region_from:
+                kind = "region" if in_region % schedule.region_every else kind
+                in_region += 1
+            found.append(kind)
+    return tuple(found)
+
+
+def _computed(schedule: Schedule, sigmas: tuple[float, ...]) -> frozenset[int]:
+    if not schedule.computed:
+        return frozenset(range(len(sigmas)))
+    shares = [sigma / sigmas[0] for sigma in sigmas]
+    next_to = (min(range(len(shares)), key=lambda step: abs(shares[step] - point)) for point in schedule.computed)
+    return frozenset([0, *next_to])

@@ -42,8 +42,8 @@ class Runtime:
             self._backends[device] = choose_backend(device, self._wish)
         return self._backends[device]
 
-    def memory(self, place: str, shapes: Any) -> dict[Any, Any]:
-        """What patterns remember at a place (a site, or a transformer) in this branch of this generation.
+    def memory(self, place: str, shapes: Any, every_branch: bool = False) -> dict[Any, Any]:
+        """What is remembered at a place (a site, or a transformer) in this branch of this generation, or in all.
 
         Another expert, other shapes, and a new generation start empty; outside of a generation nothing is kept.
         """
@@ -52,12 +52,16 @@ class Runtime:
         if self.state.expert != self._expert:
             self.forget()
             self._expert = self.state.expert
-        key = (place, self.state.branch)
+        key = (place, "" if every_branch else self.state.branch)
         known, memory = self._memories.get(key, (None, {}))
         if known != shapes:
             memory = {}
         self._memories[key] = (shapes, memory)
         return memory
+
+    def held(self, ending: str) -> int:
+        """Bytes that are remembered at all places whose names end so."""
+        return sum(_bytes(memory) for (place, _), (_, memory) in self._memories.items() if place.endswith(ending))
 
     def forget(self) -> None:
         """Nothing of this generation is needed any more."""
@@ -99,7 +103,7 @@ class Site:
             out = self._dense(q, k, v, scale)
             for each in self._groups_to_come(plan, q):
                 self._learn(plan, each, self._call(plan, each, q, k, v, scale), out.transpose(1, 2))
-        elif (groups := self._groups(plan, q, state.step)) is None:
+        elif (groups := self._groups(plan, q, state.step)) is None:  # sparse, or to be cached with nothing to reuse
             out = self._dense(q, k, v, scale)
             self._note_fallback(plan, q)
         else:
@@ -233,6 +237,15 @@ class Site:
         return selection
 
 
+def _bytes(value: Any) -> int:
+    """Of all tensors in nested containers."""
+    if isinstance(value, torch.Tensor):
+        return value.nbytes
+    if isinstance(value, dict):
+        return sum(map(_bytes, value.values()))
+    return sum(map(_bytes, value)) if isinstance(value, list | tuple) else 0
+
+
 def _kept(rules: tuple[Rule, ...]) -> float:
     """The share of the pairs that all heads together compute."""
     return sum(rule.kept for rule in rules) / len(rules)
@@ -257,7 +270,8 @@ def _before_sparse(plan: Plan, state: RunState) -> bool:
     """Whether the running step is the last dense one before sparse ones."""
     if state.step is None or state.step + 1 >= len(state.sigmas):
         return False
-    return plan.schedule.kind(state.step + 1, state.sigmas) == "sparse"
+    later = (plan.schedule.kind(step, state.sigmas) for step in range(state.step + 1, len(state.sigmas)))
+    return next((kind for kind in later if kind != "cached"), "") == "sparse"
 
 
 def _text(grid: Grid) -> str:

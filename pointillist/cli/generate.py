@@ -47,7 +47,13 @@ def command(
     dense: Annotated[
         str, typer.Option(help="Attention of dense calls: auto, fastest, native, flash, xformers …")
     ] = "auto",
-    cache: Annotated[str, _none_only] = "auto",
+    cache: Annotated[
+        str,
+        typer.Option(
+            help="Reuse steps: auto (the plan's), none, easy, rate, first_block, magnitude, modulated; "
+            "with options like rate:threshold=0.1,predictor=taylor."
+        ),
+    ] = "auto",
     regions: Annotated[str, _none_only] = "auto",
     compare: Annotated[bool, typer.Option("--compare", help="Also run dense with the same seed, and compare.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, …")] = None,
@@ -56,14 +62,13 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Generate a clip from PROMPT, accelerated."""
-    for name, value in (("--cache", cache), ("--regions", regions)):
-        if value not in ("auto", "none"):
-            raise ValueError(f"{name} {value} is not available; allowed are auto and none")
+    if regions not in ("auto", "none"):
+        raise ValueError(f"--regions {regions} is not available; allowed are auto and none")
     request = GenerateRequest(
         prompt=prompt, output=output, model=model, negative_prompt=negative_prompt, steps=steps, seed=seed,
         width=width, height=height, frames=frames, guidance=guidance, shift=shift, fps=fps, speed=speed, plan=plan,
-        pattern=pattern, density=density, options=tuple(option or ()), tail=tail, dense=dense, compare=compare,
-        device=device, dtype=dtype, download=download,
+        pattern=pattern, density=density, options=tuple(option or ()), tail=tail, dense=dense, cache=cache,
+        compare=compare, device=device, dtype=dtype, download=download,
     )  # fmt: skip
     quieten()
     _hint_at_words(request)

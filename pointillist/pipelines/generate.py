@@ -13,12 +13,13 @@ from typing import Any
 from pointillist.accel.patterns import pattern_class
 from pointillist.accel.plan import Plan, PlanError, Rule
 from pointillist.accel.schedule import Schedule
+from pointillist.accel.step_cache.policy import Caching
 from pointillist.pipelines.video import Clip, check_format, check_output, write_clips
 
 SPEEDS = ("exact", "quality", "balanced", "fast")
 DENSE_SHARE = 0.15
 """Of the steps that stay dense with `--pattern`."""
-ASKED = ("shift", "device", "dtype", "speed", "plan", "pattern", "density", "options", "tail", "dense")
+ASKED = ("shift", "device", "dtype", "speed", "plan", "pattern", "density", "options", "tail", "dense", "cache")
 """What a file says of its request beside the facts; null is the default."""
 
 
@@ -50,6 +51,7 @@ class GenerateRequest:
     """Of the pattern, like `order=gilbert`."""
     tail: str = "default"
     dense: str = "auto"
+    cache: str = "auto"
     compare: bool = False
     device: str | None = None
     dtype: str | None = None
@@ -84,6 +86,10 @@ class GenerateRequest:
                 self.uniform_plan(steps=1)
             except PlanError as error:
                 raise ValueError(str(error)) from error
+        if self.cache not in ("auto", "none"):
+            Caching.parse(self.cache)
+        if self.speed == "exact" and self.cache not in ("auto", "none"):
+            raise ValueError("--speed exact reuses nothing, so it cannot stand beside --cache; leave one of them out")
         if self.dtype is not None and self.dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"dtype {self.dtype!r} is unknown; allowed are float32, bfloat16, float16")
 
@@ -145,7 +151,8 @@ def generate(request: GenerateRequest, progress: Progress = lambda event: None) 
     loaded = time.perf_counter() - started
 
     dense = run_once(pipe, "none", call, seed, progress, "dense", request.dense) if request.compare else None
-    fast = run_once(pipe, plan, call, seed, progress, "accelerated" if request.compare else "", request.dense)
+    label = "accelerated" if request.compare else ""
+    fast = run_once(pipe, plan, call, seed, progress, label, request.dense, request.cache)
     facts = describe(request, call, seed, fast, dense)
     facts["load_seconds"] = round(loaded, 3)
 
@@ -153,7 +160,9 @@ def generate(request: GenerateRequest, progress: Progress = lambda event: None) 
     facts = _rounded(facts)
     clips = {request.output: Clip(fast.frames, facts)}
     if dense is not None:
-        plain = replace(request, plan="none", pattern=None, speed=None, density=None, options=(), tail="default")
+        plain = replace(
+            request, plan="none", pattern=None, speed=None, density=None, options=(), tail="default", cache="none"
+        )
         apart = describe(replace(plain, output=request.files["dense"]), call, seed, dense, None)
         clips[request.files["dense"]] = Clip(dense.frames, _rounded(apart))
         clips[request.files["compare"]] = Clip(_side_by_side(dense.frames, fast.frames), facts)
@@ -172,7 +181,7 @@ def prepare(request: GenerateRequest) -> tuple[Any, Any, dict[str, Any]]:
         Plan.load(request.plan)  # a bad file is told before a model is loaded
     dtype = getattr(torch, request.dtype) if request.dtype else None
     pipe = load_pipeline(request.model, dtype=dtype, device=request.device, download=request.download)
-    targets_of(pipe)
+    targets_of(pipe, sparse=request.plan != "none")
     chosen = {
         "height": request.height, "width": request.width, "num_frames": request.frames,
         "num_inference_steps": request.steps, "guidance_scale": request.guidance,
@@ -213,7 +222,14 @@ class Run:
 
 
 def run_once(
-    pipe: Any, plan: Any, call: dict[str, Any], seed: int, progress: Progress, label: str, dense: str = "auto"
+    pipe: Any,
+    plan: Any,
+    call: dict[str, Any],
+    seed: int,
+    progress: Progress,
+    label: str,
+    dense: str = "auto",
+    cache: str = "auto",
 ) -> Run:
     """Run under `plan`, after one untimed step that warms everything up.
 
@@ -229,11 +245,12 @@ def run_once(
     from pointillist.pipelines.load import ModelError
 
     prefix = f"{label}: " if label else ""
-    chosen = choose_plan(plan, targets_of(pipe)).plan
-    with accelerate(pipe, "none" if chosen is None else replace(chosen, schedule=Schedule()), dense=dense):
+    chosen = choose_plan(plan, targets_of(pipe, sparse=plan != "none")).plan
+    once = "none" if chosen is None else replace(chosen, schedule=Schedule(), cache=None)
+    with accelerate(pipe, once, dense=dense):
         progress(Event(f"{prefix}warming up"))
         pipe(**{**call, "num_inference_steps": 1, "output_type": "latent"}, generator=_generator(seed))
-    with accelerate(pipe, plan, dense=dense) as handle:
+    with accelerate(pipe, plan, cache=cache, dense=dense) as handle:
         steps, started = call["num_inference_steps"], time.perf_counter()
         progress(Event(f"{prefix}denoising", 0, steps))
 
@@ -262,7 +279,8 @@ def describe(request: GenerateRequest, call: dict[str, Any], seed: int, fast: Ru
         "tokens": report.tokens, "backend": report.backend, "plan": report.plan, "plan_source": report.plan_source,
         "dense_backend": report.dense_backend, "dense_reason": report.dense_reason,
         "seconds": _seconds(fast), "density": report.density, "density_overall": report.density_overall,
-        "steps_run": report.steps, "fallbacks": list(report.fallbacks),
+        "steps_run": report.steps, "kinds": list(report.kinds), "cache": report.cache or "none",
+        "fallbacks": list(report.fallbacks),
         "request": {name: getattr(request, name) for name in ASKED},
     }  # fmt: skip
     if dense is not None:

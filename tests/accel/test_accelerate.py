@@ -270,8 +270,10 @@ def test_auto_goes_dense_on_short_clips_and_says_so(pipe, run):
 
 def test_refusals_change_nothing(pipe, run, tmp_path):
     dense = run(pipe)
-    with pytest.raises(AccelerateError, match="cache='easy' is not available"):
-        accelerate(pipe, cache="easy")
+    with pytest.raises(AccelerateError, match="the cache 'quick' is unknown; allowed are easy, rate"):
+        accelerate(pipe, cache="quick")
+    with pytest.raises(AccelerateError, match="this plan's has no cached steps"):
+        accelerate(pipe, cache="schedule")
     with pytest.raises(AccelerateError, match="'fast' is unknown"):
         accelerate(pipe, backend="fast")
     with pytest.raises(AccelerateError, match="dense='quick' is unknown; allowed are auto, fastest, flash"):

@@ -4,11 +4,11 @@ from types import ModuleType
 
 import torch
 
-from pointillist.accel.models import wan
+from pointillist.accel.models import other, wan
 
 SUPPORTED = "WanTransformer3DModel"
 
 
 def family_of(transformer: torch.nn.Module) -> ModuleType | None:
-    """The module of the family that `transformer` belongs to, or None if it is not supported."""
-    return wan if wan.is_member(transformer) else None
+    """The module of the family that `transformer` belongs to; `other` where only caching is known; None if nothing."""
+    return next((family for family in (wan, other) if family.is_member(transformer)), None)

@@ -1,12 +1,11 @@
 """Wan 2.1 and 2.2 text-to-video and image-to-video, and models of their architecture."""
 
-import hashlib
-import json
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from pointillist.accel.models import fingerprints
 from pointillist.accel.plan import Plan, Rule
 from pointillist.accel.schedule import Schedule
 from pointillist.accel.tiles import Grid
@@ -101,9 +100,18 @@ def hoist(transformer: Any, order: Callable[[], tuple[torch.Tensor, torch.Tensor
     return undo
 
 
+def watch_modulation(transformer: Any, tell: Callable[[torch.Tensor], None]) -> Callable[[], None]:
+    """Call `tell` in every forward pass with the timestep's projection that modulates the blocks. Returns the undo."""
+
+    @torch.compiler.disable
+    def conditioned(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        tell(output[1])
+
+    return transformer.condition_embedder.register_forward_hook(conditioned).remove
+
+
 def fingerprint(transformer: Any) -> str:
     """Names the architecture: equal for fine-tunes of a model, different for another size of it."""
     config = transformer.config
-    public = {key: value for key, value in config.items() if not key.startswith("_")}
-    digest = hashlib.sha256(json.dumps(public, sort_keys=True, default=str).encode()).hexdigest()
-    return f"wan-{config.num_layers}x{config.num_attention_heads}x{config.attention_head_dim}-{digest[:8]}"
+    shape = f"{config.num_layers}x{config.num_attention_heads}x{config.attention_head_dim}"
+    return f"wan-{shape}-{fingerprints.digest(transformer)}"

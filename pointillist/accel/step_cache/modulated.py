@@ -1,0 +1,60 @@
+"""Modulated-input polynomial: how much the timestep's modulation changed, through a fitted polynomial (TeaCache).
+
+d = mean|m_t − m_{t−1}| / mean|m_{t−1}| of the projection that modulates the blocks; a polynomial of degree four, fitted
+for one model, turns it into the expected change of the output. These add up until a step is computed. In models where
+the modulation knows only the timestep (Wan), the same steps are reused for every prompt. Polynomials that ship are data
+of TeaCache (Apache-2.0, ali-vilab), those of Wan for the projected modulation.
+"""
+
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+from pointillist.accel.step_cache.decider import Decider, Seen, relative_change
+
+
+@dataclass(frozen=True)
+class Modulated(Decider):
+    NAME: ClassVar[str] = "modulated"
+
+    threshold: float = 0.1
+    polynomial: str | tuple[float, ...] = (1.0, 0.0)
+    """Its coefficients, highest degree first, or the name of a shipped one; by default the change itself."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.polynomial, str):
+            if self.polynomial not in shipped_polynomials():
+                raise ValueError(
+                    f"polynomial {self.polynomial!r:.80} is not shipped; shipped are {', '.join(shipped_polynomials())}"
+                )
+        elif not self.polynomial or not all(isinstance(each, int | float) for each in self.polynomial):
+            raise ValueError("polynomial must hold numbers, highest degree first")
+
+    def reuse(self, seen: Seen) -> bool:
+        if seen.modulation is None:
+            raise ValueError(f"{seen.model} does not tell what modulates its blocks; cache by another decider")
+        before, seen.memory["modulation"] = seen.memory.get("modulation"), seen.modulation
+        if before is None:
+            return False
+        change, expected = float(relative_change(seen.modulation, before)), 0.0
+        known = self.polynomial
+        for coefficient in shipped_polynomials()[known] if isinstance(known, str) else known:
+            expected = expected * change + coefficient
+        seen.memory["expected"] = seen.memory.get("expected", 0.0) + max(0.0, expected)
+        seen.memory["distance"] = seen.memory["expected"]
+        return seen.memory["expected"] < self.threshold
+
+    def computed(self, seen: Seen, out: torch.Tensor) -> None:
+        seen.memory["expected"] = 0.0
+
+
+@lru_cache(maxsize=1)
+def shipped_polynomials() -> dict[str, tuple[float, ...]]:
+    """By the name of the model."""
+    text = Path(__file__).with_name("modulation_polynomials.json").read_text(encoding="utf-8")
+    return {name: tuple(values) for name, values in json.loads(text).items()}
