@@ -11,12 +11,14 @@ import torch
 
 from pointillist.accel import bridge
 from pointillist.accel.blocks import blocks_in, places_in
-from pointillist.accel.choose_plan import Choice, choose_plan, with_caching
+from pointillist.accel.choose_plan import Choice, choose_plan, with_caching, with_regions
 from pointillist.accel.conflicts import AccelerateError, Target, check_arguments, targets_of
 from pointillist.accel.dense import DenseAttention
 from pointillist.accel.layouts import forget_layouts
 from pointillist.accel.patterns import pattern_class
 from pointillist.accel.plan import Plan
+from pointillist.accel.regions.policy import Regions
+from pointillist.accel.regions.rows import RegionSampling
 from pointillist.accel.report import Record, Report, make_report
 from pointillist.accel.run_state import watch_branches, watch_generations, wrap
 from pointillist.accel.site import Observer, Runtime, Site
@@ -33,7 +35,7 @@ def accelerate(
     pipe: Any,
     plan: Plan | str | os.PathLike[str] = "auto",
     cache: Caching | str | None = "auto",
-    regions: str | None = "auto",
+    regions: Regions | str | None = "auto",
     backend: str = "auto",
     dense: str = "auto",
     weights: str | os.PathLike[str] | Mapping[str, torch.Tensor] | None = None,
@@ -46,7 +48,8 @@ def accelerate(
             `balanced` or `fast`, which `auto` is.
         cache: `auto` (what the plan says), `none`, `easy` (needs no plan and no calibration), a `Caching`, or one in
             words, like `first_block:threshold=0.1,predictor=taylor`.
-        regions: `auto` or `none`; no plan of this version says anything about them.
+        regions: `auto` (what the plan says), `none`, `easy` (two of three steps compute 30 % of the tokens), a
+            `Regions`, or one in words, like `change:share=0.25,every=4`.
         backend: of sparse calls: `auto`, or a name from `pointillist.kernels.available_backends`.
         dense: of dense calls: `auto` (what the pipeline asks for), the name of one of Diffusers' attention backends
             (`native`, `_native_cudnn`, `flash`, `sage`, `xformers` …), or `fastest`: measured at the first dense call.
@@ -61,8 +64,8 @@ def accelerate(
         PlanError: the file is not a plan.
     """
     targets = targets_of(pipe, sparse=plan != "none")
-    check_arguments(pipe, regions, backend, dense)
-    choice = with_caching(choose_plan(plan, targets), cache)
+    check_arguments(pipe, backend, dense)
+    choice = with_caching(with_regions(choose_plan(plan, targets), regions), cache)
     return Acceleration(pipe, targets, choice, backend, dense, _weights(weights, targets))
 
 
@@ -90,6 +93,7 @@ class Acceleration:
             self._watch_scheduler()
             undo.callback(lambda: self._unwatch_scheduler())
             self._caches = _caches(choice, self._runtime, targets)
+            self._regions = _regions(choice, self._runtime, targets)
             for target in targets:
                 self._install(target, undo)
             undo.callback(forget_layouts)
@@ -150,7 +154,7 @@ class Acceleration:
 
     def _install(self, target: Target, undo: ExitStack) -> None:
         state, family, transformer = self._runtime.state, target.family, target.transformer
-        plan, cache = self._choice.plan, self._caches.get(target.name)
+        plan, cache, regions = self._choice.plan, self._caches.get(target.name), self._regions.get(target.name)
 
         @torch.compiler.disable
         def entered(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -159,6 +163,8 @@ class Acceleration:
             hidden_states, timestep = family.inputs(args, kwargs)
             state.enter(target.name, timestep, family.grid(transformer, hidden_states))
             self._call_began(hidden_states.device)
+            if regions is not None:
+                regions.enter(hidden_states)
             if cache is not None:
                 cache.enter(hidden_states)
 
@@ -166,9 +172,13 @@ class Acceleration:
         def left(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
             if cache is not None:
                 cache.leave(output)
+            if regions is not None:
+                regions.leave()
             state.leave()
 
         undo.callback(watch_branches(transformer, state))
+        if regions is not None:
+            undo.callback(regions.install())
         if cache is not None:
             undo.callback(cache.install())
             undo.callback(family.watch_modulation(transformer, cache.modulated))
@@ -246,6 +256,17 @@ def _caches(choice: Choice, runtime: Runtime, targets: tuple[Target, ...]) -> di
         }
     except CachingError as error:
         raise AccelerateError(str(error)) from error
+
+
+def _regions(choice: Choice, runtime: Runtime, targets: tuple[Target, ...]) -> dict[str, RegionSampling]:
+    """By component name; none where the plan has no region steps."""
+    plan = choice.plan
+    if plan is None or plan.regions is None:
+        return {}
+    runtime.keeps_how = plan.regions.keys
+    return {
+        each.name: RegionSampling(plan.regions, runtime, each.name, each.family, each.transformer) for each in targets
+    }
 
 
 def _weights(

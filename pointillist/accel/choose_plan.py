@@ -7,6 +7,7 @@ from pathlib import Path
 from pointillist.accel import plans
 from pointillist.accel.conflicts import AccelerateError, Target
 from pointillist.accel.plan import Plan, PlanError, Table
+from pointillist.accel.regions.policy import EASY, Regions, RegionsError
 from pointillist.accel.step_cache.policy import Caching, CachingError
 
 SPEEDS = ("quality", "balanced", "fast")
@@ -80,6 +81,29 @@ def with_caching(choice: Choice, wish: Caching | str | None) -> Choice:
     if caching is not None and caching.decider == "schedule" and (plan is None or not plan.schedule.computed):
         raise AccelerateError("cache='schedule' follows a plan's schedule, and this plan's has no cached steps")
     return replace(choice, plan=plan, caching=caching)
+
+
+def with_regions(choice: Choice, wish: Regions | str | None) -> Choice:
+    """The choice with the regions that are wished for: `auto` is the plan's own.
+
+    Raises:
+        AccelerateError: the wish is none.
+    """
+    plan = choice.plan
+    if wish == "auto":
+        return choice
+    if wish in (None, "none"):
+        if plan is None or plan.regions is None:
+            return choice
+        return replace(choice, plan=replace(plan, regions=None, schedule=replace(plan.schedule, region_from=0.0)))
+    try:
+        regions, steps = (wish, EASY) if isinstance(wish, Regions) else Regions.parse(str(wish))
+        plan = Plan.uniform("dense", 1.0) if plan is None else plan
+        if isinstance(wish, Regions) and plan.schedule.region_from:
+            steps = {}  # the plan's
+        return replace(choice, plan=replace(plan, regions=regions, schedule=replace(plan.schedule, **steps)))
+    except (RegionsError, PlanError) as error:
+        raise AccelerateError(str(error)) from error
 
 
 def shipped_plans() -> list[Plan]:

@@ -44,12 +44,8 @@ def targets_of(pipe: Any, sparse: bool = True) -> tuple[Target, ...]:
     return targets
 
 
-def check_arguments(pipe: Any, regions: str | None, backend: str, dense: str) -> None:
+def check_arguments(pipe: Any, backend: str, dense: str) -> None:
     """Raises AccelerateError for values that this version cannot carry out."""
-    if regions not in ("auto", "none", None):
-        raise AccelerateError(
-            f"regions={regions!r} is not available; allowed are 'auto' (what the plan says) and 'none'"
-        )
     try:
         device = torch.device(getattr(pipe, "_execution_device", pipe.device))  # they differ when offloading
         choose_backend(device, backend)

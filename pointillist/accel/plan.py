@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_safetensors
 
 from pointillist.accel.patterns import PATTERNS, pattern_class
+from pointillist.accel.regions.policy import Regions, RegionsError
 from pointillist.accel.schedule import Schedule
 from pointillist.accel.step_cache.policy import Caching, CachingError
 from pointillist.files import write_whole
@@ -103,6 +104,8 @@ class Plan:
     schedule: Schedule = field(default_factory=Schedule)
     cache: Caching | None = None
     """Which steps reuse what earlier ones computed; none where the schedule caches none either."""
+    regions: Regions | None = None
+    """Which tokens the schedule's region steps compute."""
     block: int = 128
     """At most so many tokens are in a block."""
     quantized: str = "none"
@@ -238,12 +241,14 @@ class Plan:
             table = _table_from_lists(values["table"])
             schedule = _schedule_from(values.get("schedule", {}))
             cache = None if values.get("cache") is None else _caching_from(values["cache"])
+            if values.get("regions") is not None:
+                values["regions"] = Regions(**_only_fields(Regions, values["regions"], "region policy"))
             grid = values.get("grid")
             grid = None if grid is None else tuple(grid)
             return cls(
                 **{**values, "table": table, "stages": stages, "schedule": schedule, "cache": cache, "grid": grid}
             )
-        except CachingError as error:
+        except (CachingError, RegionsError) as error:
             raise PlanError(str(error)) from error
         except (TypeError, KeyError) as error:
             raise PlanError(f"the plan lacks a value or has one of the wrong kind: {error}") from error
@@ -318,6 +323,12 @@ def _check(plan: Plan) -> None:
     _check_schedule(plan.schedule)
     if plan.cache is not None and not isinstance(plan.cache, Caching):
         raise PlanError(f"cache is {plan.cache!r:.200}; it must be a Caching, or nothing")
+    if plan.regions is not None and not isinstance(plan.regions, Regions):
+        raise PlanError(f"regions is {plan.regions!r:.200}; it must be a Regions, or nothing")
+    if plan.regions is not None and plan.hoist:
+        raise PlanError("regions take tokens in the order of the grid, so hoist must be empty")
+    if plan.schedule.region_from and plan.regions is None:
+        raise PlanError("the schedule has region steps; regions must say which tokens they compute")
     if plan.schedule.computed and plan.cache is not None and plan.cache.decider != "schedule":
         raise PlanError(f"the schedule says which steps are cached, and so does the cache {plan.cache}; take one away")
     for figures in (plan.predicted, plan.measured):

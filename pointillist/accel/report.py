@@ -20,6 +20,8 @@ class AttentionCall(NamedTuple):
     """0-d; None if the call was dense."""
     start: Moment
     end: Moment
+    part: bool = False
+    """Whether a part of the tokens was computed."""
 
 
 @dataclass
@@ -40,6 +42,8 @@ class Record:
     """The step cache, in words; "" where there is none."""
     held: dict[str, int] = field(default_factory=dict)
     """Bytes that parts remembered at most."""
+    ages: dict[int, torch.Tensor] = field(default_factory=dict)
+    """[B, N] by step: for how many steps each token had not been computed, where regions are sampled."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,8 @@ class Report:
     """What the step cache went by, the first branch's, where it had to decide."""
     held: dict[str, int] = field(default_factory=dict)
     """Bytes that parts remembered at most."""
+    ages: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    """By step: how many tokens had not been computed for 0, 1, 2 … steps, where regions are sampled."""
 
     @property
     def skipped(self) -> float:
@@ -139,6 +145,7 @@ def make_report(record: Record, plan: str, plan_source: str, dense_backend: tupl
         cache=record.caching,
         distances=_distances(record),
         held=dict(record.held),
+        ages={step: tuple(age.long().flatten().bincount().tolist()) for step, age in record.ages.items()},
     )
 
 
@@ -146,8 +153,8 @@ def _kinds(record: Record) -> dict[int, str]:
     """Of every step; one is cached if no branch computed it."""
     steps: dict[int, str] = {}
     for call in record.calls:
-        if call.step is not None and (call.density is not None or call.step not in steps):
-            steps[call.step] = "dense" if call.density is None else "sparse"
+        if call.step is not None and (call.density is not None or call.part or call.step not in steps):
+            steps[call.step] = "region" if call.part else "dense" if call.density is None else "sparse"
     computed = {step for step, _, reused, _ in record.decisions if not reused}
     for step, *_ in record.decisions:
         if step not in computed:

@@ -11,13 +11,16 @@ from pointillist.accel.bridge import SiteHandler
 from pointillist.accel.layouts import Group, Laid, lay_out, pattern_for, select, sub_call
 from pointillist.accel.patterns.pattern import Call, Pattern, Selection
 from pointillist.accel.plan import Plan, Rule
+from pointillist.accel.regions import keys
 from pointillist.accel.report import AttentionCall, Record
 from pointillist.accel.run_state import RunState
-from pointillist.accel.tails import attend, remember_kept_mass, remember_loss
+from pointillist.accel.tails import attend, attend_blocks, remember_kept_mass, remember_loss
 from pointillist.accel.tiles import Grid, whole_video
 from pointillist.accel.timing import now
 from pointillist.kernels import BREAK_EVEN, choose_backend
 
+SPARSE_PART = 0.15
+"""Of the time of a dense call, what a sparse one takes beside its pairs."""
 Observer = Callable[[str, str, int | None, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor | None]
 """Told of every attention call: site, branch, step, and q, k, v, out [B, S, H, D]. What it returns takes out's place,
 unless it is None."""
@@ -31,6 +34,11 @@ class Runtime:
         self.state = RunState()
         self.record = Record()
         self.observer: Observer | None = None
+        self.rows: torch.Tensor | None = None
+        """int64 [B, n]: the tokens that the running call computes; None is all."""
+        self.keeps_keys = False
+        """Whether a later step computes a part of the tokens only, and needs the keys of this one."""
+        self.keeps_how = "full"
         self._wish = backend
         self._backends: dict[torch.device, tuple[str, str]] = {}
         self._memories: dict[tuple[str, str], tuple[Any, dict[Any, Any]]] = {}
@@ -96,6 +104,10 @@ class Site:
                 "pipelines run in two threads at once; run one at a time in a process"
             )
         start, density = now(q.device), None
+        if self._runtime.rows is not None:
+            out = self._part(self._runtime.rows, q, k, v, scale)
+            record.calls.append(AttentionCall(self.name, state.branch, state.step, None, start, now(q.device), True))
+            return out
         kind = "dense" if plan is None else plan.schedule.kind(state.step, state.sigmas)
         if plan is None or (kind == "dense" and not _before_sparse(plan, state)):
             out = self._dense(q, k, v, scale)
@@ -108,11 +120,37 @@ class Site:
             self._note_fallback(plan, q)
         else:
             out, density = self._sparse(plan, groups, self._call(plan, groups, q, k, v, scale))
+        if self._runtime.keeps_keys:
+            keys.keep(self._keys(), k, v, self._runtime.keeps_how)
         record.calls.append(AttentionCall(self.name, state.branch, state.step, density, start, now(q.device)))
         if self._runtime.observer is not None:
             instead = self._runtime.observer(self.name, state.branch, state.step, q, k, v, out)
             out = out if instead is None else instead
         return out
+
+    def _keys(self) -> dict[Any, Any]:
+        """What is kept for steps that compute a part of the tokens."""
+        return self._runtime.memory(f"{self.name} keys", self._runtime.state.grid)
+
+    def _part(
+        self, rows: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None
+    ) -> torch.Tensor:
+        """Attention of some tokens' queries over all keys; q, k, v and the output are [B, n, H, D]."""
+        memory, plan = self._keys(), self._runtime.plan
+        every_k, every_v = keys.renewed(memory, rows, k, v)
+        assert plan is not None, "regions are a plan's"
+        groups: tuple[Group, ...] | None
+        laid, groups = memory.get("laid", (None, None))
+        if laid is None or groups is None:
+            return self._dense(q, every_k, every_v, scale)
+        blocks = torch.unique(memory["block of token"].gather(2, rows[:, None].expand(-1, q.shape[2], -1)))
+        sparse = len(blocks) / laid.layout.query_blocks * (memory["kept"] + SPARSE_PART)
+        if sparse > rows.shape[1] / every_k.shape[1]:
+            return self._dense(q, every_k, every_v, scale)
+        index = rows[:, :, None, None].expand(-1, -1, *q.shape[2:])
+        every_q = torch.zeros_like(every_k).scatter_(1, index, q)
+        call = self._call(plan, groups, every_q, every_k, every_v, scale)
+        return attend_blocks(call, laid, plan.tail, blocks).transpose(1, 2).gather(1, index)
 
     def _groups_to_come(self, plan: Plan, q: torch.Tensor) -> list[tuple[Group, ...]]:
         """What later sparse steps of this generation will do here, each once."""
@@ -188,6 +226,9 @@ class Site:
     def _sparse(self, plan: Plan, groups: tuple[Group, ...], call: Call) -> tuple[torch.Tensor, torch.Tensor]:
         """The output [B, S, H, D] and the density, 0-d."""
         laid = self._lay_out(plan, groups, call)
+        if self._runtime.keeps_keys and not any(_finishes(group.pattern) for group in groups):
+            kept = _kept(self._rules(plan, call.step))
+            self._keys().update({"laid": (laid, groups), "kept": kept, "block of token": _blocks_of_tokens(laid, call)})
         out = attend(call, laid, plan.tail, plan.quantized)
         for group in groups:
             if _finishes(group.pattern):
@@ -244,6 +285,18 @@ def _bytes(value: Any) -> int:
     if isinstance(value, dict):
         return sum(map(_bytes, value.values()))
     return sum(map(_bytes, value)) if isinstance(value, list | tuple) else 0
+
+
+def _blocks_of_tokens(laid: Laid, call: Call) -> torch.Tensor:
+    """int64 [B, H, S]: the query block of each token."""
+    batch, heads, length = call.q.shape[:3]
+    of_place = laid.layout.query_block_of_place(batch, heads).expand(batch, heads, -1)
+    order = laid.layout.query_order
+    if order is None:
+        return of_place.long()
+    return torch.empty_like(of_place, dtype=torch.int64).scatter_(
+        2, order.expand(batch, heads, length), of_place.long()
+    )
 
 
 def _kept(rules: tuple[Rule, ...]) -> float:

@@ -100,6 +100,64 @@ def hoist(transformer: Any, order: Callable[[], tuple[torch.Tensor, torch.Tensor
     return undo
 
 
+def latent_channels(transformer: Any) -> int:
+    """Of what goes in, so many first channels are the clip; the others are conditions."""
+    return transformer.config.out_channels
+
+
+def take_rows(
+    transformer: Any,
+    rows: Callable[[], torch.Tensor | None],
+    full: Callable[[torch.Tensor], torch.Tensor],
+) -> Callable[[], None]:
+    """Let only some tokens run through the layers and the head. Returns the undo.
+
+    Args:
+        rows: gives, in the running call, int64 [B, n] the tokens to compute, or None for all.
+        full: makes the output of all tokens [B, N, C] of that of the computed ones [B, n, C].
+    """
+
+    @torch.compiler.disable
+    def embedded(module: torch.nn.Module, args: tuple[Any, ...], patches: torch.Tensor) -> torch.Tensor | None:
+        index = rows()
+        if index is None:
+            return None
+        tokens = patches.flatten(2)
+        chosen = tokens.gather(2, index[:, None].expand(-1, tokens.shape[1], -1))
+        return chosen[..., None, None]
+
+    @torch.compiler.disable
+    def rotary(module: torch.nn.Module, args: tuple[Any, ...], tables: Any) -> Any:
+        index = rows()
+        return tables if index is None else tuple(table[0][index] for table in tables)
+
+    @torch.compiler.disable
+    def conditioned(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        embedding, projection, *others = output
+        index = rows()
+        if index is None or projection.ndim != 3:  # one timestep for all tokens
+            return output
+        parts = (x.gather(1, index[..., None].expand(-1, -1, x.shape[2])) for x in (embedding, projection))
+        return *parts, *others
+
+    @torch.compiler.disable
+    def projected(module: torch.nn.Module, args: tuple[Any, ...], out: torch.Tensor) -> torch.Tensor:
+        return full(out)
+
+    hooks = [
+        transformer.patch_embedding.register_forward_hook(embedded),
+        transformer.rope.register_forward_hook(rotary),
+        transformer.condition_embedder.register_forward_hook(conditioned),
+        transformer.proj_out.register_forward_hook(projected),
+    ]
+
+    def undo() -> None:
+        for hook in hooks:
+            hook.remove()
+
+    return undo
+
+
 def watch_modulation(transformer: Any, tell: Callable[[torch.Tensor], None]) -> Callable[[], None]:
     """Call `tell` in every forward pass with the timestep's projection that modulates the blocks. Returns the undo."""
 

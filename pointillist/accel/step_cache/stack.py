@@ -137,7 +137,7 @@ class _Passage:
                 wished = decider.reuse(seen) and caching.may_reuse(seen.step, seen.steps, row)
             wished = wished and not self._switched()
             self._shared["decided"] = (seen.step, wished)
-        return bool(wished and "last" in memory)
+        return bool(wished and "last" in memory and not memory.get("in part"))
 
     def _switched(self) -> bool:
         """Attention has just become sparse, which distances would take for a change of the clip."""
@@ -190,8 +190,8 @@ class _Passage:
         return found + self.seen.x if found.shape == self.seen.x.shape else found
 
     def remember(self, what: Any, hidden: torch.Tensor, text: torch.Tensor | None) -> None:
-        """Keep what was just computed."""
-        if self._outside:
+        """Keep what was just computed, unless it is of a part of the tokens."""
+        if self._outside or self.cache._runtime.rows is not None:
             return
         for stream, residual in (("hidden", hidden), ("text", text)):
             if residual is not None:
@@ -215,6 +215,9 @@ class _Passage:
             return
         if self.reused:
             memory["in a row"] = memory.get("in a row", 0) + 1
+            return
+        memory["in part"] = self.cache._runtime.rows is not None
+        if memory["in part"]:  # what was kept is older than these tokens: the next step is computed
             return
         memory.update({"in a row": 0, "last": self.seen.step, "kind": self._kind})
         self.cache._decider.computed(self.seen, out)

@@ -1,0 +1,111 @@
+"""Taking a part of the tokens through one transformer, with an unmodified scheduler.
+
+In a region step the model sees the rows of the chosen tokens alone. Attention of these rows goes over all keys: those
+of the others are what they last were. The transformer's output is a full grid: the velocity of each token when it was
+last computed, with the rows that were computed now written over it.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from pointillist.accel.blocks import blocks_in
+from pointillist.accel.regions.choose import aged, importance, tiles_of, tokens_of
+from pointillist.accel.regions.policy import Regions
+from pointillist.accel.site import Runtime
+from pointillist.accel.tiles import Grid
+
+
+class RegionSampling:
+    """Of one transformer. All that it remembers lies in the runtime's memory, by branch and generation."""
+
+    def __init__(self, regions: Regions, runtime: Runtime, name: str, family: Any, transformer: Any) -> None:
+        self._regions, self._runtime, self._name = regions, runtime, name
+        self._family, self._transformer = family, transformer
+        self.fixed: torch.Tensor | None = None
+        """int64 [n]: tokens that a user chose, in place of those that matter."""
+
+        self._shapes: Any = None
+
+    def install(self) -> Callable[[], None]:
+        """Returns the undo."""
+        return self._family.take_rows(self._transformer, lambda: self._runtime.rows, self._full)
+
+    def enter(self, x: torch.Tensor) -> None:
+        """A call of the transformer begins, with latents x [B, C, F, H, W] or [B, N, C]."""
+        runtime, state, plan = self._runtime, self._runtime.state, self._runtime.plan
+        self._shapes = (x.shape, x.dtype, x.device, state.grid)
+        if state.step is None or plan is None:
+            return
+        kinds = [plan.schedule.kind(step, state.sigmas) for step in range(len(state.sigmas))]
+        computed = [kind for kind in kinds[state.step + 1 :] if kind != "cached"]
+        runtime.keeps_keys = kinds[state.step] in ("dense", "sparse") and computed[:1] == ["region"]
+        shared = runtime.memory(f"{self._name} regions", self._shapes, every_branch=True)
+        if shared.get("step") != state.step:  # once for all branches
+            self._look(shared, x, kinds)
+        if kinds[state.step] == "region":
+            if "velocity" in self._velocity():
+                runtime.rows = shared["rows"]
+            else:
+                runtime.record.notes["all tokens computed: there was no step before to keep the others of"] += 1
+
+    def leave(self) -> None:
+        """It has ended, well or not."""
+        self._runtime.rows, self._runtime.keeps_keys = None, False
+
+    def _look(self, shared: dict[Any, Any], x: torch.Tensor, kinds: list[str]) -> None:
+        """What the last step did to the tokens, and which of them this one computes."""
+        state, focus = self._runtime.state, self._regions.focus
+        step, grid = state.step, state.grid
+        assert step is not None and grid is not None
+        x = _channels_second(x)[:, : self._family.latent_channels(self._transformer)].float()
+        age = shared.get("age", torch.zeros(x.shape[0], math.prod(grid), device=x.device))
+        if shared.get("step") == step - 1 and kinds[step - 1] != "cached":
+            velocity = (x - shared["x"]) / (state.sigmas[step] - state.sigmas[step - 1])
+            found = importance(velocity, shared.get("velocity"), grid, focus)
+            if focus == "change" and "importance" in shared:  # a token that was not computed kept its velocity
+                found = torch.where(age == 0, found, shared["importance"])
+            shared.update(velocity=velocity, importance=found)
+        age = age + 1
+        if kinds[step] == "region":
+            shared["rows"] = self._choose(shared.get("importance", torch.ones_like(age)), age, grid)
+            age = age.scatter(1, shared["rows"], 0.0)
+        elif kinds[step] != "cached":
+            age = torch.zeros_like(age)
+        shared.update(x=x, step=step, age=age)
+        self._runtime.record.ages[step] = age
+
+    def _choose(self, importance: torch.Tensor, age: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """int64 [B, n]: the tokens that this step computes."""
+        regions, plan = self._regions, self._runtime.plan
+        if self.fixed is not None:
+            return self.fixed.to(age.device).expand(age.shape[0], -1)
+        score = aged(importance, age, regions.age, regions.max_age)
+        if regions.unit == "token":
+            return tokens_of(score, regions.share)
+        assert plan is not None
+        blocks = blocks_in("frames", grid, plan.block, age.device)
+        return tiles_of(score, regions.share, blocks.order[0, 0], blocks.bounds[0, 0])
+
+    def _velocity(self) -> dict[Any, Any]:
+        """Of the running branch."""
+        return self._runtime.memory(f"{self._name} velocity", self._shapes)
+
+    def _full(self, out: torch.Tensor) -> torch.Tensor:
+        """The velocity of all tokens [B, N, C], from that of the rows that were computed."""
+        runtime, memory = self._runtime, self._velocity()
+        if runtime.rows is not None:
+            index = runtime.rows[..., None].expand(-1, -1, out.shape[-1])
+            out = memory["velocity"].scatter(1, index, out)
+        if runtime.state.step is not None:
+            memory["velocity"] = out
+            held = runtime.held(" keys") + runtime.held(" velocity")
+            runtime.record.held["regions"] = max(runtime.record.held.get("regions", 0), held)
+        return out
+
+
+def _channels_second(x: torch.Tensor) -> torch.Tensor:
+    """Latents of a sequence [B, N, C] as [B, C, N]."""
+    return x.transpose(1, 2) if x.ndim == 3 else x

@@ -1,0 +1,254 @@
+"""Region-adaptive sampling in a real, tiny Wan: exactness, definitions, ageing, memory, refusals."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+
+from conftest import make_pipe, make_transformer
+from families import Family
+from pointillist import AccelerateError, Plan, PlanError, accelerate
+from pointillist.accel.plan import Schedule
+from pointillist.accel.regions import keys
+from pointillist.accel.regions.choose import aged, importance, tiles_of, tokens_of
+from pointillist.accel.regions.policy import Regions, RegionsError
+
+SOME = "change:share=0.4,every=3,from=1"
+
+
+@pytest.mark.parametrize("text", ["change:share=1,from=1,every=2", "low_std:share=1,from=1,every=3"])
+@pytest.mark.parametrize(("batch", "guidance"), [(1, 3.0), (2, 3.0), (2, 1.0)])
+def test_all_tokens_are_no_acceleration(text, batch, guidance):
+    family = Family("wan")
+    dense = [family.run(size, batch=batch, guidance=guidance) for size in (64, 96)]
+    with accelerate(family.pipe, "none", regions=text) as handle:
+        found = [family.run(size, batch=batch, guidance=guidance) for size in (64, 96)]
+        assert handle.report().steps["region"] >= 4
+    assert all(torch.equal(a, b) for a, b in zip(dense, found, strict=True))
+
+
+def test_it_computes_a_part_and_leaves_no_trace(pipe, run):
+    dense = run(pipe, steps=8)
+    with accelerate(pipe, "none", regions=SOME) as handle:
+        first, second = run(pipe, steps=8), run(pipe, steps=8)
+        report = handle.report()
+    assert torch.equal(first, second) and not torch.equal(first, dense)
+    assert report.kinds == ("dense", "region", "region", "dense", "region", "region", "dense", "region")
+    assert report.ages[1] == (20, 28) and sum(report.ages[2]) == 48 and report.ages[3] == (48,)
+    assert torch.equal(run(pipe, steps=8), dense)
+
+
+def test_a_region_step_is_the_definition():
+    """One layer, one branch: queries of the chosen tokens over all keys, old ones where a token is not chosen."""
+    pipe = make_pipe(transformer=make_transformer(layers=1))
+    rows, captured = torch.tensor([1, 7, 8, 30, 47]), {}
+
+    def keep(site, branch, step, q, k, v, out):
+        captured[step] = (q.clone(), k.clone(), v.clone())
+
+    text = torch.randn(1, 12, 32)
+    call = dict(
+        prompt_embeds=text, negative_prompt_embeds=text, height=64, width=64, num_frames=9, guidance_scale=1.0,
+        num_inference_steps=2, output_type="latent",
+    )  # fmt: skip
+    with accelerate(pipe, "none") as handle:
+        handle.observe(keep)
+        seen = []
+        handle.intercept(lambda name, branch, step, compute: seen.append(compute()) or seen[-1])
+        pipe(**call, generator=torch.Generator().manual_seed(1))
+    dense_q, new_k, new_v = captured[1]
+    _, old_k, old_v = captured[0]
+    with accelerate(pipe, "none", regions="change:share=0.1,max_age=10,from=1,every=2") as handle:
+        handle._regions["transformer"].fixed = rows
+        inner = pipe.transformer.blocks[0].attn1
+        found = []
+        hook = inner.to_out[0].register_forward_pre_hook(lambda module, args: found.append(args[0]))
+        outputs = []
+        handle.intercept(lambda name, branch, step, compute: outputs.append(compute()) or outputs[-1])
+        pipe(**call, generator=torch.Generator().manual_seed(1))
+        hook.remove()
+    k, v = old_k.clone(), old_v.clone()
+    k[:, rows], v[:, rows] = new_k[:, rows], new_v[:, rows]
+    q = dense_q[:, rows].transpose(1, 2).double()
+    weights = (q @ k.transpose(1, 2).double().mT * q.shape[-1] ** -0.5).softmax(-1)
+    expected = (weights @ v.transpose(1, 2).double()).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(found[1].double(), expected, atol=1e-5, rtol=1e-4)
+    first, second = outputs[0][0], outputs[1][0]  # [1, 16, 3, 8, 8]: rows of a 3×4×4 grid are patches of 2×2 pixels
+    patches = [x.unfold(3, 2, 2).unfold(4, 2, 2).permute(0, 2, 3, 4, 1, 5, 6).reshape(48, -1) for x in (first, second)]
+    same = (patches[0] == patches[1]).all(1)
+    assert not same[rows].any() and same.sum() == 48 - len(rows)
+
+
+def test_branches_and_batch_entries_keep_to_themselves():
+    family = Family("wan")
+    with accelerate(family.pipe, "none", regions=SOME):
+        together = family.run(batch=2, seed=3)
+        noise = torch.randn(2, 16, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+        torch.testing.assert_close(together, family.run(batch=2, latents=noise), atol=1e-5, rtol=1e-5)
+        for entry in range(2):
+            alone = family.run(batch=1, latents=noise[entry : entry + 1])
+            torch.testing.assert_close(together[entry : entry + 1], alone, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("unit", ["token", "tile"])
+def test_sparse_region_steps_are_those_of_the_sparse_step_before(unit):
+    """At density 1 of every pattern a region step is dense in its rows."""
+    pipe, text = make_pipe(), torch.randn(1, 12, 32)
+    call = dict(
+        prompt_embeds=text, negative_prompt_embeds=text, height=96, width=96, num_frames=9, guidance_scale=2.0,
+        num_inference_steps=6, output_type="latent",
+    )  # fmt: skip
+    regions = f"change:share=0.5,from=1,every=3,unit={unit}"
+    found = {}
+    for pattern in ("dense", "pooled"):
+        plan = Plan.uniform(pattern, 1.0 - 1e-9, block=16, tail="none")
+        with accelerate(pipe, plan, regions=regions) as handle:
+            found[pattern] = pipe(**call, generator=torch.Generator().manual_seed(1)).frames
+            assert handle.report().steps["region"] == 4
+    torch.testing.assert_close(found["pooled"], found["dense"], atol=1e-4, rtol=1e-3)
+
+
+def test_a_constant_velocity_is_exact_for_any_share(pipe, run):
+    """Euler with a field that does not change: what is not computed is right all the same."""
+    torch.nn.init.zeros_(pipe.transformer.proj_out.weight)
+    dense = run(pipe, steps=8)
+    with accelerate(pipe, "none", regions="low_std:share=0.25,from=1,every=8"):
+        torch.testing.assert_close(run(pipe, steps=8), dense, atol=1e-6, rtol=1e-6)
+
+
+def test_importance_is_what_it_says():
+    grid = (2, 3, 2)
+    velocity, before = torch.randn(2, 5, 2, 6, 4), torch.randn(2, 5, 2, 6, 4)
+    for focus, each in (
+        ("high_std", velocity.std(1)), ("change", (velocity - before).square().mean(1)),
+    ):  # fmt: skip
+        patches = each.view(2, 2, 3, 2, 2, 2).mean((3, 5))
+        pooled = torch.stack([(2 * patches[:, 0] + patches[:, 1]) / 3, (patches[:, 0] + 2 * patches[:, 1]) / 3], 1)
+        torch.testing.assert_close(importance(velocity, before, grid, focus), pooled.flatten(1))
+    low, high = (importance(velocity, None, grid, focus) for focus in ("low_std", "high_std"))
+    assert (low[0].argsort() == high[0].argsort(descending=True)).float().mean() > 0.5
+    assert importance(velocity, None, grid, "change").unique().numel() == 1
+    sequence = importance(torch.randn(2, 5, 12), None, grid, "high_std")
+    assert sequence.shape == (2, 12)
+
+
+def test_ageing_starves_nobody():
+    """RAS multiplies the score by which tokens are dropped, so what is dropped stays so; ours lets it return."""
+    torch.manual_seed(torch.seed() % 2**31)
+    value = torch.randn(1, 1024).exp()
+    never = {}
+    for name in ("theirs", "ours"):
+        age, updated = torch.zeros(1, 1024), torch.zeros(1, 1024, dtype=torch.bool)
+        for _ in range(25):
+            if name == "ours":
+                rows = tokens_of(aged(value, age + 1, 0.1, 12), 0.5)
+                age = (age + 1).scatter(1, rows, 0.0)
+                assert age.max() < 12 + 2
+            else:
+                dropped = (value * torch.exp(0.1 * age)).topk(512).indices  # highest scores are dropped, and age more
+                age = age.scatter_add(1, dropped, torch.ones(1, 512))
+                rows = torch.ones(1, 1024).scatter(1, dropped, 0.0).nonzero()[None, :, 1]
+            updated.scatter_(1, rows, True)
+        never[name] = 1 - float(updated.float().mean())
+    assert never["ours"] == 0 and never["theirs"] > 0.4
+
+
+def test_choices_have_one_size_and_are_the_greatest():
+    score = torch.randn(3, 2000)
+    rows = tokens_of(score, 0.3)
+    assert rows.shape == (3, 640) and all(torch.equal(row, row.unique()) for row in rows)
+    assert score.gather(1, rows).min() >= score.scatter(1, rows, -9.0).max(1).values.max() or True
+    for entry in range(3):
+        rest = score[entry].scatter(0, rows[entry], -math.inf)
+        assert score[entry, rows[entry]].min() >= rest.max()
+    order, bounds = torch.randperm(10), torch.tensor([0, 4, 7, 10])
+    score = torch.zeros(2, 10)
+    score[0, order[4:7]], score[1, order[7:10]], score[:, order[0]] = 1.0, 1.0, 2.0
+    tiles = tiles_of(score, 0.3, order, bounds)
+    assert tiles.shape == (2, 4)
+    assert set(tiles[0].tolist()) == set(order[4:7].tolist()) and set(tiles[1].tolist()) == set(order[7:10].tolist())
+
+
+def test_keys_in_eight_bits_are_close_and_rows_exact():
+    k, v, rows = torch.randn(2, 9, 3, 16), torch.randn(2, 9, 3, 16), torch.tensor([[0, 4], [8, 2]])
+    memory = {}
+    keys.keep(memory, k, v, "fp8")
+    new_k, new_v = torch.randn(2, 2, 3, 16), torch.randn(2, 2, 3, 16)
+    found_k, found_v = keys.renewed(memory, rows, new_k, new_v)
+    for found, old, new in ((found_k, k, new_k), (found_v, v, new_v)):
+        index = rows[:, :, None, None].expand(-1, -1, 3, 16)
+        assert torch.equal(found.gather(1, index), new)
+        kept = old.scatter(1, index, new)
+        assert (found - kept).abs().max() <= 0.07 * kept.abs().max() and not torch.equal(found, kept)
+    assert sum(x.nbytes for x in memory.values()) == 2 * k.numel() + 2 * 2 * 3 * 4
+
+
+@pytest.mark.parametrize("how", ["full", "fp8"])
+def test_memory_is_as_predicted(run, how):
+    pipe = make_pipe()
+    with accelerate(pipe, "none", regions=f"{SOME},keys={how}") as handle:
+        run(pipe, steps=6, size=128)
+        held = handle.report().held["regions"]
+    tokens = 3 * 8 * 8
+    predicted = keys.bytes_needed(2, 2, 1, tokens, 32, 4, how) + 2 * tokens * 16 * 4 * 4  # and both velocities
+    assert held == pytest.approx(predicted, rel=0.05)
+
+
+def test_text_is_read_or_refused():
+    policy, schedule = Regions.parse("low_std:share=0.25,age=0.5,max_age=9,unit=tile,keys=fp8,from=0.9,to=0.1,every=2")
+    assert policy == Regions(0.25, "low_std", "tile", 0.5, 9, "fp8")
+    assert schedule == {"region_from": 0.9, "region_to": 0.1, "region_every": 2}
+    for text, message in (
+        ("all", "regions 'all' are unknown; allowed are easy, change"),
+        ("change:share=0", "share is 0.0; it must be a number above 0"),
+        ("change:share=x", "share is 'x'; it must be a number"),
+        ("change:share=0.1,max_age=3", "reaches all tokens in 10 steps, which is more than max_age 3"),
+        ("change:unit=row", "unit is 'row'; allowed are token, tile"),
+        ("change:size=3", "region option 'size=3' is none; give NAME=VALUE with one of share"),
+    ):
+        with pytest.raises(RegionsError, match=message):
+            Regions.parse(text)
+
+
+def test_a_plan_holds_its_regions(tmp_path, pipe):
+    plan = replace(
+        Plan.uniform("pooled", 0.3), regions=Regions(0.25), schedule=Schedule(region_from=0.9, region_every=2)
+    )
+    plan.save(tmp_path / "plan.safetensors")
+    assert Plan.load(tmp_path / "plan.safetensors") == plan == Plan.from_json(plan.to_json())
+    with pytest.raises(PlanError, match="regions must say which tokens"):
+        replace(plan, regions=None)
+    with pytest.raises(PlanError, match="hoist must be empty"):
+        replace(plan, hoist="frames")
+    with accelerate(pipe, plan, regions="none") as handle:
+        assert handle._choice.plan.regions is None and handle._choice.plan.schedule.region_from == 0
+
+
+def test_caches_and_regions_take_turns(run):
+    """A cached step after a region step would bring back older tokens, so it is computed."""
+    pipe = make_pipe()
+    with accelerate(pipe, "none", regions="change:share=0.4,every=2,from=1", cache="rate:threshold=1000,first=0") as handle:
+        run(pipe, steps=10)
+        kinds = handle.report().kinds
+    assert "region" in kinds and "cached" not in kinds[1:]
+    with accelerate(
+        pipe, "none", regions="change:share=0.4,every=2,from=0.5", cache="rate:threshold=1000,first=0.3"
+    ) as handle:
+        run(pipe, steps=10)
+        kinds = handle.report().kinds
+    assert "region" in kinds and "cached" in kinds
+    assert all(b != "cached" for a, b in zip(kinds, kinds[1:], strict=False) if a == "region")
+
+
+def test_models_and_samplers_that_cannot_are_refused():
+    family = Family("flux")
+    with pytest.raises(AccelerateError, match="regions"):
+        accelerate(family.pipe, "none", regions="easy")
+    pipe = make_pipe(scheduler=FlowMatchEulerDiscreteScheduler(stochastic_sampling=True))
+    with pytest.raises(AccelerateError, match="adds noise of its own"):
+        accelerate(pipe, "none", regions="easy")
+    pipe.scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    with accelerate(pipe, "none", regions="easy") as handle:
+        assert any("UniPCMultistepScheduler" in note for note in handle.report().fallbacks)
