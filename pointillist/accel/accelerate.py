@@ -12,7 +12,15 @@ import torch
 from pointillist.accel import bridge
 from pointillist.accel.blocks import blocks_in, places_in
 from pointillist.accel.choose_plan import Choice, choose_plan, with_caching, with_regions
-from pointillist.accel.conflicts import AccelerateError, Target, check_arguments, targets_of
+from pointillist.accel.conflicts import (
+    AccelerateError,
+    Setup,
+    Target,
+    check_arguments,
+    check_setup,
+    inert,
+    targets_of,
+)
 from pointillist.accel.dense import DenseAttention
 from pointillist.accel.layouts import forget_layouts
 from pointillist.accel.patterns import pattern_class
@@ -66,7 +74,9 @@ def accelerate(
     targets = targets_of(pipe, sparse=plan != "none")
     check_arguments(pipe, backend, dense)
     choice = with_caching(with_regions(choose_plan(plan, targets), regions), cache)
-    return Acceleration(pipe, targets, choice, backend, dense, _weights(weights, targets))
+    setup = Setup(pipe, targets, choice.plan, choice.caching)
+    warnings = check_setup(setup)
+    return Acceleration(setup, warnings, choice, backend, dense, _weights(weights, targets))
 
 
 class Acceleration:
@@ -74,16 +84,16 @@ class Acceleration:
 
     def __init__(
         self,
-        pipe: Any,
-        targets: tuple[Target, ...],
+        setup: Setup,
+        warnings: tuple[str, ...],
         choice: Choice,
         backend: str,
         dense: str,
         weights: Mapping[str, torch.Tensor],
     ) -> None:
-        self._pipe = pipe
+        self._setup, self._warnings = setup, warnings
+        self._pipe, self._targets = setup.pipe, setup.targets
         self._choice = choice
-        self._targets = targets
         self._runtime = Runtime(choice.plan, backend)
         self._dense = DenseAttention(dense)
         self._weights = weights
@@ -92,13 +102,14 @@ class Acceleration:
         with ExitStack() as undo:  # undoes all of it if one installation fails
             self._watch_scheduler()
             undo.callback(lambda: self._unwatch_scheduler())
-            self._caches = _caches(choice, self._runtime, targets)
-            self._regions = _regions(choice, self._runtime, targets)
-            for target in targets:
+            self._caches = _caches(choice, self._runtime, self._targets)
+            self._regions = _regions(choice, self._runtime, self._targets)
+            for target in self._targets:
                 self._install(target, undo)
             undo.callback(forget_layouts)
             undo.callback(self._runtime.forget)
             self._undo = undo.pop_all()
+        self._runtime.record = self._new_record()
 
     def report(self) -> Report:
         """What really ran in the last generation. Waits for the device."""
@@ -214,7 +225,15 @@ class Acceleration:
     def _generation_began(self, scheduler: Any) -> None:
         self._runtime.state.begin_generation(scheduler)
         self._runtime.forget()
-        self._runtime.record = Record(caching="" if self._choice.caching is None else str(self._choice.caching))
+        self._runtime.record = self._new_record()
+
+    def _new_record(self) -> Record:
+        record = Record(caching="" if self._choice.caching is None else str(self._choice.caching))
+        record.warnings.extend(self._warnings)
+        steps = len(self._runtime.state.sigmas)
+        if steps and (why := inert(self._setup, steps)):
+            record.warnings.append(why)
+        return record
 
     def _call_began(self, device: torch.device) -> None:
         record = self._runtime.record

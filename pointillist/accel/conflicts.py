@@ -1,5 +1,6 @@
-"""Everything that is checked before anything is changed."""
+"""Everything that is checked before anything is changed: single things by functions, what goes together by a table."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -9,7 +10,12 @@ import torch
 from pointillist.accel import bridge
 from pointillist.accel.dense import check_dense
 from pointillist.accel.models import SUPPORTED, family_of, other
+from pointillist.accel.plan import Plan
+from pointillist.accel.step_cache.policy import Caching
 from pointillist.kernels import choose_backend
+
+FEW_STEPS = 8
+"""So few steps differ too much for one to serve another: distilled models."""
 
 
 class AccelerateError(ValueError):
@@ -42,6 +48,139 @@ def targets_of(pipe: Any, sparse: bool = True) -> tuple[Target, ...]:
         if not hasattr(components.get("scheduler"), method):
             raise AccelerateError(f"the scheduler of {type(pipe).__name__} has no {method}; the steps are read from it")
     return targets
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is about to be installed."""
+
+    pipe: Any
+    targets: tuple[Target, ...]
+    plan: Plan | None
+    caching: Caching | None
+
+    @property
+    def scheduler(self) -> Any:
+        return self.pipe.scheduler
+
+    @property
+    def sampler(self) -> str:
+        return type(self.scheduler).__name__
+
+    @property
+    def regions(self) -> bool:
+        """Whether some steps compute a part of the tokens."""
+        return self.plan is not None and self.plan.regions is not None
+
+    @property
+    def reuses(self) -> bool:
+        """Whether anything of one step serves another."""
+        return self.regions or self.caching is not None
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """A rule: what does not go together."""
+
+    name: str
+    verdict: str
+    """`refuse`, before anything is changed; or `warn`, in every report."""
+    found: Callable[[Setup], Any]
+    """True where the rule applies."""
+    sentence: Callable[[Setup], str]
+    """What was given, and what to do."""
+
+
+CONFLICTS = (
+    Conflict(
+        "regions of an unknown family", "refuse",
+        lambda its: its.regions and not all(hasattr(each.family, "take_rows") for each in its.targets),
+        lambda its: f"regions are not known for {_classes(its)}; cache='easy' reuses whole steps of any model",
+    ),
+    Conflict(
+        "a sampler with noise of its own", "refuse",
+        lambda its: its.regions and _is_stochastic(its.scheduler),
+        lambda its: f"the {its.sampler} adds noise of its own in every step, which tokens that are not computed would "
+        "lack; regions need a deterministic one, like FlowMatchEulerDiscreteScheduler",
+    ),
+    Conflict(
+        "a sampler with two evaluations in a step", "refuse",
+        lambda its: its.reuses and getattr(its.scheduler, "order", 1) > 1,
+        lambda its: f"the {its.sampler} evaluates the model twice in a step, and one would be taken for the other; "
+        "caches and regions need a sampler of one evaluation",
+    ),
+    Conflict(
+        "a cache and noise of the sampler", "warn",
+        lambda its: its.caching is not None and _is_stochastic(its.scheduler),
+        lambda its: f"the {its.sampler} adds noise of its own in every step, so steps differ and reusing them harms",
+    ),
+    Conflict(
+        "regions and a sampler of several steps", "warn",
+        lambda its: its.regions and _steps_of_sampler(its.scheduler) > 1,
+        lambda its: f"the {its.sampler} mixes velocities of several steps, which are of several ages in regions; "
+        "FlowMatchEulerDiscreteScheduler does not",
+    ),
+    Conflict(
+        "a cached schedule with regions", "refuse",
+        lambda its: its.regions and its.plan is not None and its.plan.schedule.computed
+        and not its.plan.schedule.region_every,
+        lambda its: "a schedule of cached and region steps needs region_every, so that some steps compute all tokens",
+    ),
+    Conflict(
+        "a curve of another sampler", "warn",
+        lambda its: its.caching is not None and its.caching.decider in ("magnitude", "modulated")
+        and its.plan is not None and its.plan.patterns != {"dense"},
+        lambda its: f"the cache {its.caching} was calibrated on dense attention; the plan {_plan(its)!r} is sparse",
+    ),
+    Conflict(
+        "one transformer of two is missing", "refuse",
+        lambda its: getattr(its.pipe.config, "boundary_ratio", None) is not None and len(its.targets) == 1,
+        lambda its: f"{type(its.pipe).__name__} has a boundary_ratio for two transformers, but only "
+        f"pipe.{its.targets[0].name} is there; load both",
+    ),
+)  # fmt: skip
+
+
+def check_setup(setup: Setup) -> tuple[str, ...]:
+    """The sentences of all warnings. Raises AccelerateError for the first rule that refuses."""
+    applying = [rule for rule in CONFLICTS if rule.found(setup)]
+    for rule in applying:
+        if rule.verdict == "refuse":
+            raise AccelerateError(rule.sentence(setup))
+    return tuple(rule.sentence(setup) for rule in applying)
+
+
+def inert(setup: Setup, steps: int) -> str:
+    """Why nothing will be reused in a generation of so many steps; "" if something may be."""
+    caching = setup.caching
+    if caching is None or caching.decider == "schedule":
+        return ""
+    if any(caching.may_reuse(step, steps, 0) for step in range(steps)) and steps > FEW_STEPS:
+        return ""
+    return (
+        f"cache inert: of {steps} steps, the first {caching.first:.0%} and the last {caching.last} are computed, and "
+        f"{FEW_STEPS} or fewer leave nothing to reuse"
+    )
+
+
+def _classes(setup: Setup) -> str:
+    return ", ".join(type(each.transformer).__name__ for each in setup.targets)
+
+
+def _plan(setup: Setup) -> str:
+    return "" if setup.plan is None else setup.plan.name
+
+
+def _is_stochastic(scheduler: Any) -> bool:
+    name, config = type(scheduler).__name__, scheduler.config
+    words = ("Ancestral", "SDE", "DDPM", "LCM", "TCD")
+    kinds = (str(config.get("algorithm_type", "")), str(config.get("solver_type", "")))
+    noisy = bool(config.get("stochastic_sampling")) or any("sde" in kind for kind in kinds)
+    return noisy or any(word in name for word in words)
+
+
+def _steps_of_sampler(scheduler: Any) -> int:
+    return int(scheduler.config.get("solver_order") or 1)
 
 
 def check_arguments(pipe: Any, backend: str, dense: str) -> None:

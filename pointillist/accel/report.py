@@ -31,6 +31,8 @@ class Record:
     calls: list[AttentionCall] = field(default_factory=list)
     first_call: Moment | None = None
     last_step: Moment | None = None
+    warnings: list[str] = field(default_factory=list)
+    """What does not go well together."""
     notes: Counter[str] = field(default_factory=Counter)
     """Fallbacks by their reasons, and whatever else a user should know."""
     grid: Grid | None = None
@@ -116,7 +118,7 @@ def make_report(record: Record, plan: str, plan_source: str, dense_backend: tupl
         if call.density is not None:
             densities[call.site].append(float(call.density))
     steps = _kinds(record)
-    notes = [f"{reason} ({count} calls)" for reason, count in record.notes.items()]
+    notes = [*record.warnings, *(f"{reason} ({count} calls)" for reason, count in record.notes.items())]
     if record.caching and record.decisions and "cached" not in steps.values():
         notes.append("cache: no step was reused; a greater threshold would")
     sparse = [density for each in densities.values() for density in each]

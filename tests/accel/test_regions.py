@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -159,7 +160,6 @@ def test_choices_have_one_size_and_are_the_greatest():
     score = torch.randn(3, 2000)
     rows = tokens_of(score, 0.3)
     assert rows.shape == (3, 640) and all(torch.equal(row, row.unique()) for row in rows)
-    assert score.gather(1, rows).min() >= score.scatter(1, rows, -9.0).max(1).values.max() or True
     for entry in range(3):
         rest = score[entry].scatter(0, rows[entry], -math.inf)
         assert score[entry, rows[entry]].min() >= rest.max()
@@ -229,7 +229,9 @@ def test_a_plan_holds_its_regions(tmp_path, pipe):
 def test_caches_and_regions_take_turns(run):
     """A cached step after a region step would bring back older tokens, so it is computed."""
     pipe = make_pipe()
-    with accelerate(pipe, "none", regions="change:share=0.4,every=2,from=1", cache="rate:threshold=1000,first=0") as handle:
+    with accelerate(
+        pipe, "none", regions="change:share=0.4,every=2,from=1", cache="rate:threshold=1000,first=0"
+    ) as handle:
         run(pipe, steps=10)
         kinds = handle.report().kinds
     assert "region" in kinds and "cached" not in kinds[1:]
@@ -239,7 +241,7 @@ def test_caches_and_regions_take_turns(run):
         run(pipe, steps=10)
         kinds = handle.report().kinds
     assert "region" in kinds and "cached" in kinds
-    assert all(b != "cached" for a, b in zip(kinds, kinds[1:], strict=False) if a == "region")
+    assert all(b != "cached" for a, b in pairwise(kinds) if a == "region")
 
 
 def test_models_and_samplers_that_cannot_are_refused():

@@ -1,9 +1,12 @@
 """What every decider is: compute this step's transformer call, or reuse what earlier calls gave."""
 
-from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Self
+from __future__ import annotations
 
-import torch
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass

@@ -4,12 +4,15 @@ First-Block-Cache (ParaAttention) with one block, DBCache (cache-dit) with sever
 to that of the last computed step. Costs these blocks in every step, and reads a number back from the device.
 """
 
-from dataclasses import dataclass
-from typing import ClassVar
+from __future__ import annotations
 
-import torch
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
 from pointillist.accel.step_cache.decider import Decider, Seen, relative_change
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)

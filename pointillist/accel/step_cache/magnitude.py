@@ -6,15 +6,18 @@ threshold. Reads nothing back from the device. Curves are of one model: shipped 
 Zehong Ma et al.), others are calibrated (`pointillist bench cache`).
 """
 
+from __future__ import annotations
+
 import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import ClassVar
-
-import torch
+from typing import TYPE_CHECKING, ClassVar
 
 from pointillist.accel.step_cache.decider import Decider, Seen
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,18 @@ the modulation knows only the timestep (Wan), the same steps are reused for ever
 of TeaCache (Apache-2.0, ali-vilab), those of Wan for the projected modulation.
 """
 
+from __future__ import annotations
+
 import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import ClassVar
-
-import torch
+from typing import TYPE_CHECKING, ClassVar
 
 from pointillist.accel.step_cache.decider import Decider, Seen, relative_change
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)

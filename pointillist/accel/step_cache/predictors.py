@@ -8,11 +8,16 @@
 Positions are sigmas, which fall evenly in time for the model: with a shifted schedule step numbers do not.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
-History = Sequence[tuple[float, torch.Tensor]]
+
+History = Sequence[tuple[float, "torch.Tensor"]]
 """Positions and residuals of computed steps, the oldest first."""
 
 
@@ -32,7 +37,7 @@ def polynomial(points: int) -> Callable[[History, float], torch.Tensor]:
             for j, (other, _) in enumerate(mine):
                 if i != j:
                     weight *= (position - other) / (at - other)
-            total = residual * weight if total is None else torch.add(total, residual, alpha=weight)
+            total = residual * weight if total is None else total.add(residual, alpha=weight)
         assert total is not None
         return total
 
@@ -45,6 +50,8 @@ def exponential(history: History, position: float) -> torch.Tensor:
     Economy SVD of the snapshots, the reduced propagator by least squares, its eigenvalues raised to how far `position`
     lies beyond the last snapshot. What is not finite falls back to the last residual.
     """
+    import torch
+
     tail = _evenly_spaced(history)
     if len(tail) < 4:
         return polynomial(2)(history, position)

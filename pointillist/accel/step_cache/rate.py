@@ -5,12 +5,15 @@ output is expected to change by k·mean|x − x_before| / mean|out|, x_before be
 or not; expected changes add up until a step is computed. No calibration, no knowledge of the model.
 """
 
-from dataclasses import dataclass
-from typing import ClassVar
+from __future__ import annotations
 
-import torch
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
 from pointillist.accel.step_cache.decider import Decider, Seen
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
