@@ -19,7 +19,7 @@ from torch.utils.flop_counter import flop_registry
 from pointillist.accel.blocks import Blocks, blocks_in
 from pointillist.accel.plan import Rule
 from pointillist.accel.tiles import Grid
-from pointillist.kernels.cpu.block_sparse import GATHERED_BYTES, QUERY_BLOCKS_PER_TASK
+from pointillist.kernels.cpu.operators import GATHERED_BYTES, QUERY_BLOCKS_PER_TASK
 from pointillist.kernels.layout import BlockLayout
 from pointillist.search.site_call import SiteCall, SiteShape, Way
 
