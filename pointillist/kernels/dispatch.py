@@ -53,10 +53,10 @@ def choose_backend(device: torch.device | str, wish: str = "auto") -> tuple[str,
     if wish != "auto":
         if reasons[wish]:
             raise ValueError(f"backend {wish!r} cannot run here: {reasons[wish]}")
-        return wish, "asked for"
+        return wish, "asked for" + (f"; {_how_on_cpu()}" if wish == "cpu" else "")
     kind = torch.device(device).type
     if kind == "cpu":
-        return "cpu", "the tensors are on the CPU"
+        return "cpu", f"the tensors are on the CPU; {_how_on_cpu()}"
     if not reasons["triton"]:
         return "triton", f"the tensors are on {kind}"
     return "reference", f"no fast backend on {kind}: {reasons['triton']}"
@@ -296,6 +296,13 @@ def _(q, k, v, *rest):
 
 def _lse_dtype(q: torch.Tensor, backend: str) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 and backend == "reference" else torch.float32
+
+
+@torch.compiler.assume_constant_result
+def _how_on_cpu() -> str:
+    from pointillist.kernels.cpu.block_sparse import how
+
+    return how()
 
 
 def _check_wish(backend: str) -> None:

@@ -12,6 +12,7 @@ from pointillist.kernels import (
 )
 from pointillist.kernels import reference as definition
 
+pytestmark = pytest.mark.usefixtures("cpu_kernel")
 BACKENDS = ["reference", "cpu", "triton"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 

@@ -1,4 +1,5 @@
-// Block-sparse attention of float32 tensors: the compiled half of block_sparse.py. Shapes are those of reference.py.
+// Block-sparse attention in float32 of float32 and 16-bit tensors: the compiled half of block_sparse.py. Shapes are those
+// of reference.py.
 //
 // Every thread makes the same one call and takes parts of the work from shared counters: first keys and values are
 // packed as the inner loop reads them, then each task attends from some rows of one query block. A task walks its keys
@@ -28,8 +29,9 @@ constexpr int LANES = 4, ROWS = 12;
 constexpr int LANES = 4, ROWS = 6;
 #endif
 constexpr int PANEL = 2 * LANES;         // keys, or channels of values, that lie beside each other
+constexpr int MAX_HEAD_DIM = 256;
 constexpr int TILE = 256;                // keys between two updates of a row's maximum
-constexpr int STRIDE = TILE + 16;        // of a row of queries or scores; no power of 2, so that rows share no cache set
+constexpr int STRIDE = 256 + 16;        // of a row of queries (channels) or scores (keys); no power of 2, so that rows share no cache set
 constexpr int ROWS_PER_TASK = 240;       // a multiple of ROWS; larger query blocks are several tasks
 constexpr int64_t PLACES_PER_PART = 512; // keys packed at a time; a multiple of PANEL
 constexpr float LOG2_E = 1.44269504088896341f, LN_2 = 0.69314718055994531f;
@@ -49,20 +51,54 @@ struct View {
     T *at(int64_t b, int64_t h) const { return data ? data + b * batch + h * head : nullptr; }
 };
 
+enum Kind : int64_t { FLOAT32, FLOAT16, BFLOAT16 };
+
 // The same fields as `_Call` in compiled.py.
 struct Call {
+    int64_t kind; // of q, k, v and the means
     int64_t batch, heads, head_dim, query_blocks, max_query_block, max_keys, means;
     double scale;
-    View<const float> q, k, v;
+    View<const char> q, k, v;
     View<float> out, lse;
     View<const int32_t> query_bounds, key_bounds, indptr, columns;
     View<const int64_t> query_order, key_order; // null: the tokens' own order
     View<const uint8_t> chosen;                 // [nq]; null: all query blocks
-    View<const float> mean_keys, mean_values, log_counts;
+    View<const char> mean_keys, mean_values;
+    View<const float> log_counts;
     View<const uint8_t> pairs;
     View<float> packed_keys, packed_values;
     std::atomic<int64_t> next_part, packed_parts, next_task;
 };
+
+float bits_as_float(uint32_t bits) {
+    float x;
+    std::memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+// A number of float16: its exponent is 112 less than float32's; infinities and NaN keep all exponent bits.
+float from_float16(uint16_t x) {
+    uint32_t magnitude = (x & 0x7fffu) << 13;
+    uint32_t special = (x & 0x7c00u) == 0x7c00u ? 0x7f800000u : 0u;
+    float widened = bits_as_float(magnitude) * bits_as_float((127u + 112u) << 23);
+    uint32_t bits;
+    std::memcpy(&bits, &widened, sizeof bits);
+    return bits_as_float(bits | special | (x & 0x8000u) << 16);
+}
+
+float from_bfloat16(uint16_t x) { return bits_as_float((uint32_t)x << 16); }
+
+// Row `n` of a head in float32: in place, or converted to `room`.
+const float *row_of(const Call &call, const View<const char> &x, int64_t b, int64_t h, int64_t n, float *room) {
+    int64_t offset = b * x.batch + h * x.head + n * x.row;
+    if (call.kind == FLOAT32) return (const float *)x.data + offset;
+    const uint16_t *from = (const uint16_t *)x.data + offset;
+    if (call.kind == FLOAT16)
+        for (int64_t d = 0; d < call.head_dim; d++) room[d] = from_float16(from[d]);
+    else
+        for (int64_t d = 0; d < call.head_dim; d++) room[d] = from_bfloat16(from[d]);
+    return room;
+}
 
 // Keys and values as the inner loop reads them.
 struct Keys {
@@ -99,7 +135,7 @@ struct Piece {
 // What a thread works in.
 struct Scratch {
     alignas(64) float queries[ROWS_PER_TASK * STRIDE]; // scaled so that logits have base 2
-    alignas(64) float sums[ROWS_PER_TASK * TILE];      // [row][channel], of weights times values
+    alignas(64) float sums[ROWS_PER_TASK * MAX_HEAD_DIM];      // [row][channel], of weights times values
     alignas(64) float scores[ROWS * STRIDE];
     alignas(64) Vector totals[ROWS_PER_TASK];          // of weights, lane by lane
     float largest[ROWS_PER_TASK];
@@ -177,21 +213,33 @@ void score(const float *queries, const Piece &piece, int64_t place, int64_t head
     }
 }
 
-// Scores become weights 2^(score - largest so far); returns what earlier sums of the row shrink by.
-float weigh(float *scores, int64_t columns, float &largest, Vector &total) {
-    Vector most = Vector{} + largest;
-    for (int64_t i = 0; i < columns; i += LANES) most = larger(load(scores + i), most);
-    float now = largest_lane(most);
-    float base = now == -INFINITE ? 0.0f : now; // all logits may be minus infinity
-    Vector shrunk = power_of_2(Vector{} + (largest - base)), sum = {};
-    for (int64_t i = 0; i < columns; i += LANES) {
-        Vector weight = power_of_2(load(scores + i) - base);
-        sum += weight;
-        store(scores + i, weight);
+// Scores become weights 2^(score - largest so far); `shrunk` is what earlier sums of each row shrink by. Rows go through
+// each of the three steps together: none waits for the end of another's chain of additions.
+template <int R>
+void weigh(float *scores, int64_t columns, float *largest, Vector *totals, float *shrunk) {
+    float base[R];
+    for (int r = 0; r < R; r++) {
+        Vector most = Vector{} + largest[r];
+        for (int64_t i = 0; i < columns; i += LANES) most = larger(load(scores + r * STRIDE + i), most);
+        base[r] = largest_lane(most);
     }
-    total = total * shrunk + sum;
-    largest = now;
-    return shrunk[0];
+    for (int r = 0; r < R; r++) {
+        float before = largest[r];
+        largest[r] = base[r];
+        if (base[r] == -INFINITE) base[r] = 0; // all logits may be minus infinity
+        Vector factor = power_of_2(Vector{} + (before - base[r]));
+        totals[r] *= factor;
+        shrunk[r] = factor[0];
+    }
+    for (int r = 0; r < R; r++) {
+        Vector total = totals[r], lowered = Vector{} + base[r];
+        for (int64_t i = 0; i < columns; i += LANES) {
+            Vector weight = power_of_2(load(scores + r * STRIDE + i) - lowered);
+            total += weight;
+            store(scores + r * STRIDE + i, weight);
+        }
+        totals[r] = total;
+    }
 }
 
 // sums[:, channels] = sums * shrunk + weights . values, for V vectors of channels from `channel` on.
@@ -199,14 +247,14 @@ template <int R, int V>
 void average(const float *weights, const Piece *begin, const Piece *end, int64_t channel, const float *shrunk, float *sums) {
     Vector found[R][V];
     for (int r = 0; r < R; r++)
-        for (int v = 0; v < V; v++) found[r][v] = load(sums + r * TILE + channel + v * LANES) * shrunk[r];
+        for (int v = 0; v < V; v++) found[r][v] = load(sums + r * MAX_HEAD_DIM + channel + v * LANES) * shrunk[r];
     for (const Piece *piece = begin; piece < end; piece++) {
         const float *values = piece->from->values + channel * piece->from->capacity + piece->first * PANEL;
         const float *from = weights + piece->column + piece->first - piece->vectors_begin();
         multiply<R, V>(from, values, piece->last - piece->first, found);
     }
     for (int r = 0; r < R; r++)
-        for (int v = 0; v < V; v++) store(sums + r * TILE + channel + v * LANES, found[r][v]);
+        for (int v = 0; v < V; v++) store(sums + r * MAX_HEAD_DIM + channel + v * LANES, found[r][v]);
 }
 
 // R rows from `row` on see one more tile of keys.
@@ -225,10 +273,10 @@ void see(Scratch &s, int64_t row, const Piece *begin, const Piece *end, int64_t 
         }
     }
     float shrunk[R];
-    for (int r = 0; r < R; r++) shrunk[r] = weigh(s.scores + r * STRIDE, columns, s.largest[row + r], s.totals[row + r]);
+    weigh<R>(s.scores, columns, s.largest + row, s.totals + row, shrunk);
     for (int64_t channel = 0; channel < head_dim; channel += PANEL)
-        channel + LANES < head_dim ? average<R, 2>(s.scores, begin, end, channel, shrunk, s.sums + row * TILE)
-                                   : average<R, 1>(s.scores, begin, end, channel, shrunk, s.sums + row * TILE);
+        channel + LANES < head_dim ? average<R, 2>(s.scores, begin, end, channel, shrunk, s.sums + row * MAX_HEAD_DIM)
+                                   : average<R, 1>(s.scores, begin, end, channel, shrunk, s.sums + row * MAX_HEAD_DIM);
 }
 
 // All rows see the tile; the last few are made up to a third or two of ROWS.
@@ -262,11 +310,12 @@ Keys gathered_means(const Call &call, Scratch &s, int64_t b, int64_t h, int64_t 
     s.mean_values.resize(capacity * channels);
     s.mean_bias.resize(capacity);
     Keys means{s.mean_keys.data(), s.mean_values.data(), capacity, s.mean_bias.data()};
+    float key[MAX_HEAD_DIM], value[MAX_HEAD_DIM];
     count = 0;
     for (int64_t i = 0; i < call.means; i++) {
         if (!pairs[i] || !std::isfinite(log_counts[i])) continue;
-        means.put(count, call.mean_keys.at(b, h) + i * call.mean_keys.row,
-                  call.mean_values.at(b, h) + i * call.mean_values.row, call.head_dim);
+        means.put(count, row_of(call, call.mean_keys, b, h, i, key), row_of(call, call.mean_values, b, h, i, value),
+                  call.head_dim);
         s.mean_bias[count++] = log_counts[i] * LOG2_E;
     }
     return means;
@@ -304,12 +353,12 @@ void attend(const Call &call, Scratch &s, int64_t b, int64_t h, int64_t block, i
     for (int64_t row = 0; row < padded; row++) {
         float *query = s.queries + row * STRIDE;
         if (row < rows) {
-            const float *from = call.q.at(b, h) + (order ? order[first + row] : first + row) * call.q.row;
+            const float *from = row_of(call, call.q, b, h, order ? order[first + row] : first + row, query);
             for (int64_t d = 0; d < head_dim; d++) query[d] = from[d] * factor;
         } else {
             std::memset(query, 0, head_dim * sizeof(float));
         }
-        std::memset(s.sums + row * TILE, 0, rounded_up(head_dim, PANEL) * sizeof(float));
+        std::memset(s.sums + row * MAX_HEAD_DIM, 0, rounded_up(head_dim, PANEL) * sizeof(float));
         s.largest[row] = -INFINITE;
         s.totals[row] = Vector{};
     }
@@ -322,7 +371,7 @@ void attend(const Call &call, Scratch &s, int64_t b, int64_t h, int64_t block, i
         int64_t token = order ? order[first + row] : first + row;
         float total = sum_of_lanes(s.totals[row]), share = total == 0 ? 0 : 1 / total;
         float *out = call.out.at(b, h) + token * call.out.row;
-        for (int64_t d = 0; d < head_dim; d++) out[d] = s.sums[row * TILE + d] * share;
+        for (int64_t d = 0; d < head_dim; d++) out[d] = s.sums[row * MAX_HEAD_DIM + d] * share;
         float base = s.largest[row] == -INFINITE ? 0 : s.largest[row];
         call.lse.at(b, h)[token] = total == 0 ? -INFINITE : (base + std::log2(total)) * LN_2;
     }
@@ -332,9 +381,10 @@ void pack(const Call &call, int64_t b, int64_t h, int64_t first) {
     const int64_t *order = call.key_order.at(b, h);
     Keys head = packed_head(call, b, h);
     int64_t last = std::min<int64_t>(first + PLACES_PER_PART, call.max_keys);
+    float key[MAX_HEAD_DIM], value[MAX_HEAD_DIM];
     for (int64_t place = first; place < last; place++) {
         int64_t token = order ? order[place] : place;
-        head.put(place, call.k.at(b, h) + token * call.k.row, call.v.at(b, h) + token * call.v.row, call.head_dim);
+        head.put(place, row_of(call, call.k, b, h, token, key), row_of(call, call.v, b, h, token, value), call.head_dim);
     }
 }
 

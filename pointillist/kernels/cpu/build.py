@@ -28,7 +28,6 @@ SECONDS_TO_COMPILE = 120
 DIGEST_BYTES = hashlib.sha256().digest_size
 
 _lock = threading.Lock()
-_loaded: dict[Path, ctypes.CDLL] = {}
 _kernel: tuple[ctypes.CDLL | None, str] | None = None
 
 

@@ -10,6 +10,8 @@ from pointillist.kernels.layout import BlockLayout
 from pointillist.kernels.pooling import Means, valid_places
 
 MAX_HEAD_DIM = 256
+KINDS = (torch.float32, torch.float16, torch.bfloat16)
+"""As `Kind` in block_sparse.cpp numbers them."""
 PANEL = 32
 """A multiple of the keys, and of the channels, that the kernel packs beside each other, whatever the machine."""
 
@@ -27,7 +29,7 @@ class _Call(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in (
-            "batch", "heads", "head_dim", "query_blocks", "max_query_block", "max_keys", "means",
+            "kind", "batch", "heads", "head_dim", "query_blocks", "max_query_block", "max_keys", "means",
         )),
         ("scale", ctypes.c_double),
         *((name, _View) for name in (
@@ -40,7 +42,7 @@ class _Call(ctypes.Structure):
 
 def serves(q: torch.Tensor) -> bool:
     """Whether the kernel computes such a call; float64 would lose digits."""
-    return q.dtype != torch.float64 and q.shape[-1] <= MAX_HEAD_DIM
+    return q.dtype in KINDS and q.shape[-1] <= MAX_HEAD_DIM
 
 
 def attention(
@@ -60,21 +62,21 @@ def attention(
     key_bounds, key_order = _valid_keys(layout, batch, heads)
     places, channels = _rounded_up(layout.k_len), _rounded_up(head_dim)
     tensors: dict[str, torch.Tensor | None] = dict(
-        q=q.float(), k=k.float(), v=v.float(), out=out, lse=lse, query_bounds=layout.query_bounds,
+        q=q, k=k, v=v, out=out, lse=lse, query_bounds=layout.query_bounds,
         key_bounds=key_bounds, indptr=layout.indptr, query_order=_int64(layout.query_order),
         key_order=_int64(key_order),
         packed_keys=torch.empty(batch, heads, head_dim, places),
         packed_values=torch.empty(batch, heads, channels, places),
     )  # fmt: skip
     if means is not None:
-        tensors |= dict(mean_keys=means.keys.float(), mean_values=means.values.float())
+        tensors |= dict(mean_keys=means.keys, mean_values=means.values)
         tensors |= dict(log_counts=means.log_counts.float(), pairs=means.pairs)
     given = {name: x if x.stride(-1) == 1 else x.contiguous() for name, x in tensors.items() if x is not None}
     views = {name: _view(x, batch, heads) for name, x in given.items()}
     columns = layout.columns.contiguous()
     chosen = None if query_blocks is None else _marked(query_blocks, layout.query_blocks)
     call = _Call(
-        batch=batch, heads=heads, head_dim=head_dim, query_blocks=layout.query_blocks,
+        kind=KINDS.index(q.dtype), batch=batch, heads=heads, head_dim=head_dim, query_blocks=layout.query_blocks,
         max_query_block=layout.max_query_block, max_keys=layout.k_len,
         means=0 if means is None else means.keys.shape[2], scale=scale, columns=_View(columns.data_ptr()),
         chosen=_View(None if chosen is None else chosen.data_ptr()), **views,
