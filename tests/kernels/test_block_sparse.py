@@ -31,7 +31,8 @@ def random_mask(batch, heads, rows, columns, density=0.4):
 def dense_attention(q, k, v, mask, scale):
     """As tensor cores do it: scores summed in float32, probabilities rounded to the inputs' dtype."""
     scores = (q.float() @ k.float().transpose(-1, -2) * scale).masked_fill(~mask, float("-inf"))
-    return scores.softmax(-1).to(v.dtype) @ v
+    weights = scores.softmax(-1).nan_to_num(0)  # of rows that see nothing: torch's bfloat16 product spreads their NaN
+    return weights.to(v.dtype) @ v
 
 
 def assert_within_rule(actual, q, k, v, layout, scale=None):
