@@ -34,7 +34,7 @@ constexpr int TILE = 256;                // keys between two updates of a row's 
 constexpr int STRIDE = 256 + 16;        // of a row of queries (channels) or scores (keys); no power of 2, so that rows share no cache set
 constexpr int ROWS_PER_TASK = 240;       // a multiple of ROWS; larger query blocks are several tasks
 constexpr int64_t PLACES_PER_PART = 512; // keys packed at a time; a multiple of PANEL
-constexpr float LOG2_E = 1.44269504088896341f, LN_2 = 0.69314718055994531f;
+constexpr double LOG2_E = 1.44269504088896341, LN_2 = 0.69314718055994531; // in float32 they would shift every logit
 constexpr float INFINITE = std::numeric_limits<float>::infinity();
 
 typedef float Vector __attribute__((vector_size(LANES * 4)));
@@ -245,16 +245,17 @@ void weigh(float *scores, int64_t columns, float *largest, Vector *totals, float
 // sums[:, channels] = sums * shrunk + weights . values, for V vectors of channels from `channel` on.
 template <int R, int V>
 void average(const float *weights, const Piece *begin, const Piece *end, int64_t channel, const float *shrunk, float *sums) {
-    Vector found[R][V];
-    for (int r = 0; r < R; r++)
-        for (int v = 0; v < V; v++) found[r][v] = load(sums + r * MAX_HEAD_DIM + channel + v * LANES) * shrunk[r];
+    Vector found[R][V] = {}; // not the sums so far: adding small numbers to small ones loses less
     for (const Piece *piece = begin; piece < end; piece++) {
         const float *values = piece->from->values + channel * piece->from->capacity + piece->first * PANEL;
         const float *from = weights + piece->column + piece->first - piece->vectors_begin();
         multiply<R, V>(from, values, piece->last - piece->first, found);
     }
     for (int r = 0; r < R; r++)
-        for (int v = 0; v < V; v++) store(sums + r * MAX_HEAD_DIM + channel + v * LANES, found[r][v]);
+        for (int v = 0; v < V; v++) {
+            float *sum = sums + r * MAX_HEAD_DIM + channel + v * LANES;
+            store(sum, load(sum) * shrunk[r] + found[r][v]);
+        }
 }
 
 // R rows from `row` on see one more tile of keys.
@@ -316,7 +317,7 @@ Keys gathered_means(const Call &call, Scratch &s, int64_t b, int64_t h, int64_t 
         if (!pairs[i] || !std::isfinite(log_counts[i])) continue;
         means.put(count, row_of(call, call.mean_keys, b, h, i, key), row_of(call, call.mean_values, b, h, i, value),
                   call.head_dim);
-        s.mean_bias[count++] = log_counts[i] * LOG2_E;
+        s.mean_bias[count++] = (float)(log_counts[i] * LOG2_E);
     }
     return means;
 }
@@ -349,12 +350,12 @@ void attend(const Call &call, Scratch &s, int64_t b, int64_t h, int64_t block, i
     Keys head = packed_head(call, b, h), means{};
     s.pieces.clear();
     if (!call.chosen.data || call.chosen.data[block]) list_keys(call, s, b, h, block, head, means);
-    float factor = (float)(call.scale * LOG2_E);
+    double factor = call.scale * LOG2_E;
     for (int64_t row = 0; row < padded; row++) {
         float *query = s.queries + row * STRIDE;
         if (row < rows) {
             const float *from = row_of(call, call.q, b, h, order ? order[first + row] : first + row, query);
-            for (int64_t d = 0; d < head_dim; d++) query[d] = from[d] * factor;
+            for (int64_t d = 0; d < head_dim; d++) query[d] = (float)(from[d] * factor);
         } else {
             std::memset(query, 0, head_dim * sizeof(float));
         }
@@ -373,7 +374,7 @@ void attend(const Call &call, Scratch &s, int64_t b, int64_t h, int64_t block, i
         float *out = call.out.at(b, h) + token * call.out.row;
         for (int64_t d = 0; d < head_dim; d++) out[d] = s.sums[row * MAX_HEAD_DIM + d] * share;
         float base = s.largest[row] == -INFINITE ? 0 : s.largest[row];
-        call.lse.at(b, h)[token] = total == 0 ? -INFINITE : (base + std::log2(total)) * LN_2;
+        call.lse.at(b, h)[token] = total == 0 ? -INFINITE : (float)((base + std::log2(total)) * LN_2);
     }
 }
 
