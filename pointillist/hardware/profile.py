@@ -38,15 +38,12 @@ class HardwareProfile:
     """An operator, whatever its size: microseconds until the next can begin."""
     row_us: float
     """A query block of one head in our sparse attention on one unit, whatever it sees: loading queries, storing."""
-    batch_us: float
-    """On a CPU, a call of the inner kernel for some alike query blocks, from Python: one at a time, on no more than one
-    unit."""
     dense_efficiency: float
     """Share of `matmul_tflops` that the products of dense attention reach between its exponentials."""
     sparse_efficiency: float
     """The same of our sparse attention."""
     bias_ps: float
-    """What a pair costs more, 10⁻¹² s, in a query block that also sees means: their counts are added to logits."""
+    """What a pair of a query and a mean costs more, 10⁻¹² s: its count is added to the logit."""
     gather_ps: float
     """A number that is moved by an index of its own, beyond its bytes, 10⁻¹² s."""
     sort_ps: float
@@ -112,7 +109,7 @@ def load_profile(name_or_path: str | os.PathLike[str]) -> HardwareProfile:
 
 
 POSITIVE = ("exp_gps", "memory_gbs", "memory_gib", "dense_efficiency", "sparse_efficiency")
-LOSSES = ("launch_us", "row_us", "batch_us", "bias_ps", "gather_ps", "sort_ps")
+LOSSES = ("launch_us", "row_us", "bias_ps", "gather_ps", "sort_ps")
 NUMBERS = ("units", "matmul_tflops", *POSITIVE, *LOSSES)
 """The fields that need a source."""
 

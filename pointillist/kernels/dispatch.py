@@ -19,11 +19,12 @@ from pointillist.kernels.triton import INSTALLED, interpreting
 
 BACKENDS = ("reference", "cpu", "triton")
 BREAK_EVEN = {
-    ("reference", False): 1.0, ("reference", True): 1.0, ("cpu", False): 0.7, ("cpu", True): 0.55,
+    ("reference", False): 1.0, ("reference", True): 1.0, ("cpu", False): 0.95, ("cpu", True): 0.85,
     ("triton", False): 0.9, ("triton", True): 0.85,
 }  # fmt: skip
-"""(backend, with a pooled tail) → the density from which on dense attention is faster. For `cpu` read off the figures
-at 0.5 and 1 (benchmarks/results/attention_cpu.json), an estimate for `triton`; `reference` is there to be exact."""
+"""(backend, with a pooled tail) → the density from which on dense attention is faster. For `cpu` read off float32
+figures of the compiled kernel at 0.5 and 1 (docs/kernels.md), choosing blocks taken into account; an estimate for
+`triton`; `reference` is there to be exact."""
 
 
 def available_backends(device: torch.device | str = "cpu") -> dict[str, str]:
@@ -53,10 +54,10 @@ def choose_backend(device: torch.device | str, wish: str = "auto") -> tuple[str,
     if wish != "auto":
         if reasons[wish]:
             raise ValueError(f"backend {wish!r} cannot run here: {reasons[wish]}")
-        return wish, "asked for"
+        return wish, "asked for" + (f"; {_how_on_cpu()}" if wish == "cpu" else "")
     kind = torch.device(device).type
     if kind == "cpu":
-        return "cpu", "the tensors are on the CPU"
+        return "cpu", f"the tensors are on the CPU; {_how_on_cpu()}"
     if not reasons["triton"]:
         return "triton", f"the tensors are on {kind}"
     return "reference", f"no fast backend on {kind}: {reasons['triton']}"
@@ -296,6 +297,13 @@ def _(q, k, v, *rest):
 
 def _lse_dtype(q: torch.Tensor, backend: str) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 and backend == "reference" else torch.float32
+
+
+@torch.compiler.assume_constant_result
+def _how_on_cpu() -> str:
+    from pointillist.kernels.cpu.block_sparse import how
+
+    return how()
 
 
 def _check_wish(backend: str) -> None:

@@ -125,7 +125,7 @@ def blank(device: torch.device, dtype: torch.dtype) -> HardwareProfile:
         kind="cpu" if not cuda else "rocm" if torch.version.hip else "cuda",
         units=_units(device),
         matmul_tflops={name: matmul_flops(device, dtype) / 1e12},
-        exp_gps=1e9, memory_gbs=1e9, memory_gib=round(memory, 1), launch_us=0.0, row_us=0.0, batch_us=0.0,
+        exp_gps=1e9, memory_gbs=1e9, memory_gib=round(memory, 1), launch_us=0.0, row_us=0.0,
         dense_efficiency=1.0, sparse_efficiency=1.0, bias_ps=0.0, gather_ps=0.0, sort_ps=0.0,
         sources=dict.fromkeys(NUMBERS, MEASURED) | dict.fromkeys(("units", "memory_gib"), "what the system says"),
     )  # fmt: skip
@@ -148,7 +148,6 @@ def fitted(rows: Sequence[Measured], blank: HardwareProfile, dtype: torch.dtype)
         gather_ps=found["gathered"] * 1e12,
         sort_ps=found["sorted"] * 1e12,
         row_us=found["rows"] * 1e6 * blank.units,
-        batch_us=found["batches"] * 1e6,
         dense_efficiency=_rate(found["dense_flops"], flop),
         sparse_efficiency=_rate(found["sparse_flops"], flop),
         exp_gps=_rate(found["exps"], 1e-9),

@@ -29,7 +29,6 @@ from pointillist.hardware.profile import HardwareProfile
 from pointillist.search.site_call import SiteShape, Way
 from pointillist.search.work import (
     JOINING,
-    ROWS_PER_TASK,
     Work,
     beside,
     dense_work,
@@ -128,7 +127,6 @@ def seconds_per(profile: HardwareProfile, dtype: torch.dtype) -> Work:
         flops=flop,
         sorted=profile.sort_ps * 1e-12,
         rows=profile.row_us * 1e-6 / profile.units,
-        batches=profile.batch_us * 1e-6,
         dense_flops=flop / profile.dense_efficiency,
         sparse_flops=flop / profile.sparse_efficiency,
         exps=1e-9 / profile.exp_gps,
@@ -148,17 +146,16 @@ def site_call(rules: tuple[Rule, ...], shape: SiteShape, way: Way, units: int) -
     heads = Counter(rules if len(rules) > 1 else rules * shape.heads)
     found = site_work(tuple(heads), shape, way)
     total = sum((found[rule].head * (count * shape.batch) for rule, count in heads.items()), Work())
-    tasks = [task for rule in rules * (shape.heads // len(rules)) for task in _tasks(found[rule].head, way.backend)]
+    tasks = [task for rule in rules * (shape.heads // len(rules)) for task in _tasks(found[rule].head)]
     total = _attention_times(total, idle(tasks * shape.batch, units, longest_first=way.backend == "triton"))
     groups = sum(each.choosing for each in found.values()) + JOINING * max(0, len(found) - 2)
     return replace(total, operators=groups + max(each.laying for each in found.values()))
 
 
-def _tasks(head: Work, backend: str) -> list[float]:
-    """The pairs of everything that one unit takes at a time, of one head."""
-    together, rows = ROWS_PER_TASK[backend], round(head.rows)
-    sizes = [min(together, rows - first) for first in range(0, rows, together)]
-    return [head.exps * size / rows for size in sizes]
+def _tasks(head: Work) -> list[float]:
+    """The pairs of every query block of one head, which one unit takes at a time."""
+    rows = round(head.rows)
+    return [head.exps / rows] * rows
 
 
 def idle(tasks: Sequence[float], units: int, longest_first: bool) -> float:

@@ -19,14 +19,11 @@ from torch.utils.flop_counter import flop_registry
 from pointillist.accel.blocks import Blocks, blocks_in
 from pointillist.accel.plan import Rule
 from pointillist.accel.tiles import Grid
-from pointillist.kernels.cpu.block_sparse import GATHERED_BYTES, QUERY_BLOCKS_PER_TASK
 from pointillist.kernels.layout import BlockLayout
 from pointillist.search.site_call import SiteCall, SiteShape, Way
 
-TILES = {"cpu": (1, 1), "triton": (128, 64)}
+TILES = {"cpu": (4, 16), "triton": (128, 64)}
 """Queries and keys that the kernels compute at least at a time."""
-ROWS_PER_TASK = {"cpu": QUERY_BLOCKS_PER_TASK, "triton": 1}
-"""Query blocks that one unit takes at a time."""
 LONGEST = 8192
 """Longer sequences are counted at the two lengths below, and continued."""
 SHORTER = (2500, 6000)
@@ -50,8 +47,6 @@ class Work:
     """n·log₂n of what is sorted."""
     rows: float = 0.0
     """Query blocks of heads in sparse attention."""
-    batches: float = 0.0
-    """On a CPU: runs of alike query blocks, which are computed by one call."""
     dense_flops: float = 0.0
     """Of the products of dense attention, 4·D for a pair of tokens."""
     sparse_flops: float = 0.0
@@ -300,29 +295,18 @@ def attention_work(
     if pairs is not None:  # the kernel in Triton walks all means and hides those that a row does not see
         means = pairs.double().sum(-1) if backend == "cpu" else torch.full((), float(pairs.shape[-1]))
     scores = ((seen + means) * queries).expand(batch, heads, -1)
-    biased = scores * (means > 0) if backend == "cpu" else means * queries
     places = batch * heads * q_len
-    orders = [(order, 2 * head_dim) for order in (query_order, key_order) if order is not None]
+    orders = [(order, 2 * head_dim) for order in (query_order, key_order) if order is not None and backend != "cpu"]
     moved = sum(numbers for _, numbers in orders) * places
     by_number = sum(numbers for order, numbers in orders if order.shape[:2] != (1, 1)) * places
-    total, per_key = float(scores.sum()), 2 * head_dim * q.itemsize
+    packed = 2 * batch * heads * k_len * head_dim if backend == "cpu" else 0  # reading in the order that is asked for
+    total = float(scores.sum())
     return Work(
         operators=1 + 3 * (query_order is not None) + 2 * (key_order is not None),
-        bytes=(4 * places * head_dim + 2 * moved) * q.itemsize,
+        bytes=(4 * places * head_dim + 2 * moved + packed) * q.itemsize,
         gathered=by_number,
         rows=float((scores > 0).sum()),
-        batches=_batches(queries.expand_as(scores), seen.expand_as(scores), means.expand_as(scores), per_key),
         sparse_flops=4 * head_dim * total,
         exps=total,
-        biased=float(biased.expand(batch, heads, -1).sum()),
+        biased=float((means * queries).expand(batch, heads, -1).sum()),
     )
-
-
-def _batches(queries: torch.Tensor, seen: torch.Tensor, means: torch.Tensor, bytes_per_key: int) -> float:
-    """Runs of query blocks [B, H, n] that are as large and see as much, as `kernels/cpu/block_sparse.py` makes them."""
-    new = torch.ones_like(seen, dtype=torch.bool)
-    new[..., 1:] = torch.stack([x[..., 1:] != x[..., :-1] for x in (queries, seen, means)]).any(0)
-    new[..., ::QUERY_BLOCKS_PER_TASK] = True
-    at_once = (GATHERED_BYTES / ((seen + means) * bytes_per_key).clamp(min=1)).floor().clamp(min=1)
-    busy = queries * (seen + means) > 0
-    return float((busy * torch.maximum(new.double(), 1 / at_once)).sum())

@@ -11,8 +11,27 @@ import pytest
 import torch
 
 
+@pytest.fixture(scope="module", params=["compiled", "torch"])
+def cpu_kernel(request):
+    """What computes on the backend `cpu`: each of the two for every test that asks for this."""
+    from pointillist.kernels.cpu import build
+
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "torch":
+            patch.setenv(build.CHOICE, "torch")
+        elif build.kernel()[0] is None:
+            pytest.skip(build.kernel()[1])
+        yield request.param
+
+
 def pytest_collection_modifyitems(items):
-    """Where triton has no build, the tests of its backend are skipped."""
+    """Other backends are tested once, not with both kernels of `cpu`; where triton has no build, not at all."""
+
+    def repeats(item):
+        params = getattr(getattr(item, "callspec", None), "params", {})
+        return params.get("cpu_kernel") == "torch" and params.get("backend", "cpu") != "cpu"
+
+    items[:] = [item for item in items if not repeats(item)]
     if importlib.util.find_spec("triton") is None:
         for item in items:
             if "triton" in getattr(getattr(item, "callspec", None), "params", {}).values():

@@ -12,6 +12,7 @@ from pointillist.kernels import (
 )
 from pointillist.kernels import reference as definition
 
+pytestmark = pytest.mark.usefixtures("cpu_kernel")
 BACKENDS = ["reference", "cpu", "triton"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -30,11 +31,15 @@ def random_mask(batch, heads, rows, columns, density=0.4):
 def dense_attention(q, k, v, mask, scale):
     """As tensor cores do it: scores summed in float32, probabilities rounded to the inputs' dtype."""
     scores = (q.float() @ k.float().transpose(-1, -2) * scale).masked_fill(~mask, float("-inf"))
-    return scores.softmax(-1).to(v.dtype) @ v
+    weights = scores.softmax(-1).nan_to_num(0)  # of rows that see nothing: torch's bfloat16 product spreads their NaN
+    return weights.to(v.dtype) @ v
 
 
 def assert_within_rule(actual, q, k, v, layout, scale=None):
-    """Error against float64 at most twice that of dense attention in the same dtype under the same mask."""
+    """Error against float64 at most twice that of dense attention in the same dtype under the same mask.
+
+    Several batch entries and heads make it sure: the largest of few errors is a matter of luck, for either.
+    """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     exact, exact_lse = definition.attention(q.double(), k.double(), v.double(), layout, scale)
     mask = layout.token_mask(*q.shape[:2])
@@ -75,8 +80,8 @@ def test_error_within_flash_attentions_rule(backend, dtype, shape):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_any_strides(backend):
-    q, k, v = (torch.randn(1, 2, 64, 70).transpose(2, 3) for _ in range(3))
-    layout = BlockLayout.from_mask(random_mask(1, 2, 3, 3, 0.6), 32, 32, 70, 70)
+    q, k, v = (torch.randn(4, 4, 64, 70).transpose(2, 3) for _ in range(3))
+    layout = BlockLayout.from_mask(random_mask(4, 4, 3, 3, 0.6), 32, 32, 70, 70)
     assert_within_rule(block_sparse_attention(q, k, v, layout, return_lse=True, backend=backend), q, k, v, layout)
 
 
@@ -89,8 +94,8 @@ def test_outputs_are_written_everywhere(backend, monkeypatch):
         memory = empty(*args, **kwargs)
         return memory.fill_(float("nan")) if memory.is_floating_point() else memory
 
-    q, k, v = draw(1, 2, 70, 50, 32, torch.float32)
-    mask = random_mask(1, 2, 5, 4)
+    q, k, v = draw(4, 4, 70, 50, 32, torch.float32)
+    mask = random_mask(4, 4, 5, 4)
     mask[0, 1, 2] = False
     layout = BlockLayout.from_mask(mask, 16, 16, 70, 50, query_order=torch.randperm(70)[None, None])
     monkeypatch.setattr(torch, "empty", poisoned)
@@ -132,10 +137,10 @@ def test_padding_is_never_seen(backend, ordered):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_blocks_of_varying_size(backend):
-    q, k, v = draw(1, 2, 45, 61, 32, torch.float32)
+    q, k, v = draw(4, 4, 45, 61, 32, torch.float32)
     query_bounds = torch.tensor([0, 3, 20, 45], dtype=torch.int32)
     key_bounds = torch.tensor([0, 1, 18, 18, 50, 61], dtype=torch.int32)  # one block is empty
-    layout = BlockLayout.from_bounds(random_mask(1, 2, 3, 5, 0.6), query_bounds, key_bounds, 45, 61)
+    layout = BlockLayout.from_bounds(random_mask(4, 4, 3, 5, 0.6), query_bounds, key_bounds, 45, 61)
     assert_within_rule(block_sparse_attention(q, k, v, layout, return_lse=True, backend=backend), q, k, v, layout)
 
 

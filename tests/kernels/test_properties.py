@@ -15,6 +15,7 @@ from pointillist.kernels import (
     merge_attention,
 )
 
+pytestmark = pytest.mark.usefixtures("cpu_kernel")
 BACKENDS = ["cpu", "triton"]
 EXAMPLES = {"cpu": 40, "triton": 12}  # the interpreter takes milliseconds for a tile
 

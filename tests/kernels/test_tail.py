@@ -16,6 +16,8 @@ from pointillist.kernels import (
     uniform_bounds,
 )
 
+pytestmark = pytest.mark.usefixtures("cpu_kernel")
+
 
 def tailed_by_hand(q, k, v, mask, block, query_order, key_order):
     """Exact where kept, block means where dropped: one softmax over a key list written out per query block."""
