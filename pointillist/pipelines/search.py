@@ -147,7 +147,7 @@ def machine(hardware: str | os.PathLike[str], dtype: str, device: Any, progress:
         named = load_profile(hardware)
         seconds_per(named, getattr(torch, dtype))  # a dtype that it does not know is told at once
         return named, False
-    path = _cache() / f"{machine_name(device)}-{dtype}.json"
+    path = _cache() / f"{machine_name(device)}-{_kernels(device)}-{dtype}.json"
     if path.exists():
         return load_profile(path), True
     profile = calibrate(
@@ -189,6 +189,16 @@ def check_prompts(prompts: tuple[str, ...], source: str = "prompts") -> None:
             f"{source} holds {len(prompts)} prompts; allowed are up to {MOST_PROMPTS}, and one is enough: each costs "
             "as much as two or three dense clips"
         )
+
+
+def _kernels(device: Any) -> str:
+    """What computes sparse attention there, and which version of the counts a profile was fitted to."""
+    from pointillist.kernels.cpu.block_sparse import how
+    from pointillist.search.work import VERSION
+
+    if device.type != "cpu":
+        return f"triton-{VERSION}"
+    return f"{'compiled' if how().startswith('compiled') else 'operators'}-{VERSION}"
 
 
 def _cache() -> Path:

@@ -155,7 +155,7 @@ def site_call(rules: tuple[Rule, ...], shape: SiteShape, way: Way, units: int) -
 def _tasks(head: Work) -> list[float]:
     """The pairs of every query block of one head, which one unit takes at a time."""
     rows = round(head.rows)
-    return [head.exps / rows] * rows
+    return [head.exps / max(1, rows)] * rows
 
 
 def idle(tasks: Sequence[float], units: int, longest_first: bool) -> float:

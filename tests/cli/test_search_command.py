@@ -24,9 +24,7 @@ def machine(tmp_path):
 
     from pointillist.hardware.profile import load_profile
 
-    profile = replace(
-        load_profile("ryzen-7700x"), name="eager", launch_us=0, row_us=0, gather_ps=0, memory_gbs=1e6
-    )
+    profile = replace(load_profile("ryzen-7700x"), name="eager", launch_us=0, row_us=0, gather_ps=0, memory_gbs=1e6)
     profile.save(tmp_path / "eager.json")
     return str(tmp_path / "eager.json")
 
