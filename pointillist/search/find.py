@@ -122,7 +122,13 @@ class Search:
         facts = {
             "seconds": playback.seconds, "machine": self.machine, "flops": playback.flops, "sigmas": playback.sigmas,
         }  # fmt: skip
-        write(self._weights_file, to_safetensors({"errors": torch.tensor(errors)}, {"dense": json.dumps(facts)}))
+        velocities = playback.velocities(self.study)
+        clips, latents = zip(*errors, strict=True)
+        tensors = {
+            "errors": torch.tensor(clips), "latent errors": torch.tensor(latents),
+            "velocities": (velocities @ velocities.T).double() / velocities.shape[1],
+        }  # fmt: skip
+        write(self._weights_file, to_safetensors(tensors, {"dense": json.dumps(facts)}))
 
     @property
     def _weights_file(self) -> Path:

@@ -79,6 +79,14 @@ class Playback:
         self._outputs[transformer, branch, step] = output
         return output
 
+    def velocities(self, study: Study) -> torch.Tensor:
+        """float32 [steps, n]: the guided output of every step."""
+        steps: dict[int, list[torch.Tensor]] = {}
+        for (_, _, step), output in self._outputs.items():
+            if step is not None:
+                steps.setdefault(step, []).append(output[0])
+        return torch.stack([guided(steps[step], study) for step in sorted(steps)])
+
     def until(self, first: int) -> Callable[[str, str, int | None, Callable[[], Any]], Any]:
         """Interceptor that plays the steps before `first` and computes the others."""
 
@@ -87,6 +95,14 @@ class Playback:
             return compute() if known is None else known
 
         return play
+
+
+def guided(outputs: list[torch.Tensor], study: Study) -> torch.Tensor:
+    """float32 [n]: what guidance makes of the outputs of one step, of which the first is that of the prompt."""
+    if len(outputs) == 1:
+        return outputs[0].float().flatten().cpu()
+    shares = study.guidance_shares
+    return (shares[0] * outputs[0].float() + shares[1] * outputs[1].float()).flatten().cpu()
 
 
 def record_playback(pipe: Any, study: Study, stepped: Callable[[int], None]) -> Playback:
@@ -99,14 +115,26 @@ def record_playback(pipe: Any, study: Study, stepped: Callable[[int], None]) -> 
     return playback
 
 
-def bucket_errors(pipe: Any, study: Study, playback: Playback, stepped: Callable[[int], None]) -> list[float]:
-    """Mean squared errors of the clip, for each bucket: with the reference candidate at all sites in its steps."""
+def bucket_errors(
+    pipe: Any, study: Study, playback: Playback, stepped: Callable[[int], None]
+) -> list[tuple[float, float]]:
+    """Mean squared errors of the clip, for each bucket, with the reference candidate at all sites in its steps; and of
+    the latents, as the errors of these steps' velocities alone would leave them."""
     return [_bucket_error(pipe, study, playback, first, stop, stepped) for first, stop in pairwise(study.edges)]
 
 
 def _bucket_error(
     pipe: Any, study: Study, playback: Playback, first: int, stop: int, stepped: Callable[[int], None]
-) -> float:
+) -> tuple[float, float]:
+    outputs: dict[int, list[torch.Tensor]] = {}
+    played = playback.until(first)
+
+    def keep(transformer: str, branch: str, step: int | None, compute: Callable[[], Any]) -> Any:
+        output = played(transformer, branch, step, compute)
+        if step is not None and first <= step < stop:
+            outputs.setdefault(step, []).append(output[0])
+        return output
+
     with accelerate(pipe, "none") as handle:
 
         def perturb(site: str, branch: str, step: int | None, q: Any, k: Any, v: Any, out: Any) -> Any:
@@ -115,7 +143,16 @@ def _bucket_error(
             assert handle.grid is not None
             return reference_output(call_of(study, handle.grid, 0, step, q, k, v)).transpose(1, 2)
 
-        handle.intercept(playback.until(first))
+        handle.intercept(keep)
         handle.observe(perturb)
         frames = run(pipe, study, study.prompts[0], stepped)
-    return float(np.square(frames.astype(np.float64) - playback.frames).mean())
+    right, drift = playback.velocities(study), torch.zeros(())
+    for step, found in outputs.items():
+        drift = drift + step_lengths(playback.sigmas)[step] * (guided(found, study) - right[step])
+    clip = float(np.square(frames.astype(np.float64) - playback.frames).mean())
+    return clip, float(drift.square().mean())
+
+
+def step_lengths(sigmas: tuple[float, ...]) -> np.ndarray:
+    """[steps]: how far the latents go in each, the last one to 0."""
+    return -np.diff([*sigmas, 0.0])

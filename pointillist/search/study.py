@@ -8,7 +8,7 @@ from typing import Any
 
 from pointillist.accel.plan import Rule
 
-VERSION = 3
+VERSION = 4
 """Raised when files of an earlier version no longer mean the same."""
 
 
