@@ -32,6 +32,7 @@ def search(
     held_out: Annotated[Path | None, typer.Option(help="Likewise, to run plans on.")] = None,
     verify: Annotated[bool, typer.Option(help="Run plans and correct predictions; without it they must do.")] = True,
     stages: Annotated[bool, typer.Option("--stages", help="Choose anew for early, middle and late steps.")] = False,
+    cache: Annotated[bool, typer.Option(help="Steps may reuse what others computed.")] = True,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
@@ -55,7 +56,8 @@ def search(
         "model": model, "hardware": hardware, "target_speedup": target_speedup, "min_psnr": min_psnr, "speed": speed,
         "prompts": None if prompts is None else str(prompts.resolve()),
         "held_out": None if held_out is None else str(held_out.resolve()),
-        "verify": verify, "stages": stages, "steps": steps, "width": width, "height": height, "frames": frames,
+        "verify": verify, "stages": stages, "cache": cache, "steps": steps, "width": width, "height": height,
+        "frames": frames,
         "device": device, "dtype": dtype, "download": download,
     }  # fmt: skip
     _run(asked, output, folder or output.with_suffix(".search"), _parsed(shard), as_json)
@@ -111,8 +113,9 @@ def _run(
         progress("loading the model", 0, 0)
         pipe = load_pipeline(asked["model"], dtype=kind, device=asked["device"], download=asked["download"])
         search, verify = prepare_search(
-            pipe, folder, prompts, held_out, progress, asked["stages"], num_inference_steps=asked["steps"], **size
-        )
+            pipe, folder, prompts, held_out, progress, asked["stages"], asked.get("cache", True),
+            num_inference_steps=asked["steps"], **size,
+        )  # fmt: skip
         if shard is None:
             profile, here = machine(asked["hardware"], search.study.dtype, pipe.device, progress)
         if not merging:

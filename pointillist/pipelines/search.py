@@ -47,6 +47,7 @@ def find_plan(
     folder: str | os.PathLike[str] | None = None,
     name: str = "searched",
     stages: bool = False,
+    cache: bool = True,
     progress: Progress = lambda phase, done, of: None,
     **call: Any,
 ) -> Found:
@@ -61,6 +62,7 @@ def find_plan(
         speed: `quality`, `balanced` or `fast`, if neither is given.
         hardware: `auto`, this machine, measured at the first search; or the name or path of a hardware profile.
         stages: choose anew for every step bucket, in place of one table for all sparse steps.
+        cache: steps may reuse what others computed; else every one is computed.
         folder: for what is measured; with one, an interrupted search goes on where it stopped.
         call: arguments of the pipeline in place of its defaults, such as height or num_frames.
 
@@ -72,7 +74,9 @@ def find_plan(
 
     wish = Wish(target_speedup, min_psnr, speed)
     with tempfile.TemporaryDirectory() as beside:
-        search, verify = prepare_search(pipe, Path(folder or beside), prompts, held_out, progress, stages, **call)
+        search, verify = prepare_search(
+            pipe, Path(folder or beside), prompts, held_out, progress, stages, cache, **call
+        )
         profile, here = machine(hardware, search.study.dtype, pipe.device, progress)
         search.measure()
         return search.find(wish, name, profile, verify, here)
@@ -85,6 +89,7 @@ def prepare_search(
     held_out: tuple[str, ...] | None,
     progress: Progress,
     stages: bool = False,
+    cache: bool = True,
     **call: Any,
 ) -> tuple[Search, tuple[str, ...]]:
     """The search, and the prompts to verify on."""
@@ -98,7 +103,7 @@ def prepare_search(
         check_prompts(held_out, "the held-out prompts")
         if both := [prompt for prompt in held_out if prompt in prompts]:
             raise ValueError(f"{both[0]!r} is among the prompts to calibrate on and the held-out ones; keep it in one")
-    return Search(pipe, study_of(pipe, prompts, **call), folder, progress, stages), held_out
+    return Search(pipe, study_of(pipe, prompts, **call), folder, progress, stages, cache), held_out
 
 
 def study_of(pipe: Any, prompts: tuple[str, ...], **call: Any) -> Study:

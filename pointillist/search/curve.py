@@ -1,7 +1,7 @@
 """From what was recorded to plans: for every time budget the plan with the least predicted error."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -10,10 +10,12 @@ import torch
 
 from pointillist.accel.plan import Plan, Rule, Stage, Table
 from pointillist.accel.schedule import Schedule
+from pointillist.accel.step_cache.policy import Caching
 from pointillist.accel.tiles import Grid
 from pointillist.search.assign import OverBudget, Problem, assign, at_price
 from pointillist.search.cost_model import CostModel
 from pointillist.search.profile import Profile
+from pointillist.search.reuse import Reuse
 from pointillist.search.site_call import SiteShape
 from pointillist.search.study import Study
 from pointillist.search.timeline import SparseStep, Timeline, periods, timeline
@@ -22,6 +24,10 @@ RESIDUAL_MEMORY = 4 * 2**30
 """Bytes that the residual of all sites and branches may take; else plans do without it."""
 CUTS = (1, 0.98, 0.95, 0.92, 0.88, 0.84, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 """Shares of a budget that are tried in turn."""
+REFRESHED = (3, 4)
+"""Values of `Schedule.dense_every` that are tried where steps are reused; beside none."""
+REUSED = 0.05
+"""What a reused step takes of the time beside attention."""
 WITHIN = 0.005
 """A prediction that exceeds the wished time by this share of it is as wished."""
 SIDES = (0.85, 0.7, 0.55, 0.4, 0.3)
@@ -43,7 +49,9 @@ class Choice:
     tail: str
     residual: bool
     every: int
-    """Of the steps after the first dense ones, every n-th is dense; 0 is none."""
+    """Of the computed steps after the first dense ones, every n-th is dense; 0 is none."""
+    computed: tuple[int, ...]
+    """The steps that are computed; none named: all are."""
     chosen: np.ndarray
     """int64 [stages, layers, heads]: candidates by number."""
     error: float
@@ -60,7 +68,7 @@ class Choice:
 
     def same_as(self, other: "Choice") -> bool:
         """Whether both are one plan."""
-        mine, others = ((each.tail, each.residual, each.every) for each in (self, other))
+        mine, others = ((each.tail, each.residual, each.every, each.computed) for each in (self, other))
         return mine == others and np.array_equal(self.chosen, other.chosen)
 
 
@@ -76,13 +84,16 @@ class Choices:
         dense: DenseTimes,
         sigmas: tuple[float, ...],
         stages: bool = False,
+        reuse: Mapping[int, Reuse] | None = None,
     ) -> None:
         """
         Args:
             weights: [buckets, layers], mean squared error of the clip for each squared relative error of a site's.
             sigmas: of the study's steps, noisiest first.
             stages: choose anew for every step bucket; else one table serves all sparse steps.
+            reuse: by number of computed steps, where steps may reuse what others gave.
         """
+        self._reuse = dict(reuse or {})
         self.study, self.profile, self.weights, self.model, self.dense = study, profile, weights, model, dense
         self._sigmas = sigmas
         self._shape = shape_of(study, profile)
@@ -91,12 +102,13 @@ class Choices:
         """The buckets that each table serves."""
         self._residual = self._residual_bytes() <= RESIDUAL_MEMORY
         # what dense steps among the sparse ones are worth is known of the residual, not of patterns that learn anew
-        self._timelines = {every: timeline(study, every) for every in (periods(study) if self._residual else (0,))}
-        self._problems = {
-            (tail, every): self._problem(tail, self._timelines[every])
-            for tail in study.tails
-            for every in self._timelines
-        }
+        self._periods = periods(study) if self._residual else (0,)
+        self._problems: dict[tuple[str, Timeline], Problem] = {}
+
+    @property
+    def reuses(self) -> bool:
+        """Whether steps may reuse what others computed."""
+        return bool(self._reuse)
 
     @property
     def dense_call(self) -> float:
@@ -105,57 +117,85 @@ class Choices:
 
     def at_speedup(self, speedup: float) -> Choice:
         """The least error at a predicted speed-up of denoising. Raises OverBudget: no plan is that fast."""
-        return self.at_attention((self.dense.attention + self.dense.other) / speedup - self.dense.other)
+        total = (self.dense.attention + self.dense.other) / speedup
+        found: list[Choice] = []
+        try:
+            found.append(self.at_attention(total - self.dense.other))
+        except OverBudget as error:
+            least = error
+        for reuse in sorted(self._reuse.values(), key=lambda each: each.error):
+            if found and reuse.error >= min(choice.error for choice in found):
+                break  # the steps alone lose more
+            for every in (0, *REFRESHED):
+                steps = timeline(self.study, every, reuse.computed)
+                try:
+                    found += [self._within(total - self._other(steps), tail, steps, reuse) for tail in self.study.tails]
+                except OverBudget:
+                    continue
+        if not found:
+            raise least
+        return min(found, key=lambda choice: choice.error)
 
     def at_attention(self, seconds: float) -> Choice:
-        """The least error whose attention takes at most so many seconds of a clip. Raises OverBudget."""
+        """The least error whose attention takes at most so many seconds of a clip of which every step is computed.
+        Raises OverBudget."""
         found: list[Choice] = []
         least = math.inf
-        for tail, every in self._problems:
-            try:
-                found.append(self._within(seconds, tail, every))
-            except OverBudget as error:
-                least = min(least, (error.least + self._dense_steps_seconds(every)) * self._scale)
+        for every in self._periods:
+            steps = timeline(self.study, every)
+            for tail in self.study.tails:
+                try:
+                    found.append(self._within(seconds, tail, steps))
+                except OverBudget as error:
+                    least = min(least, (error.least + self._dense_steps_seconds(steps)) * self._scale)
         if not found:
             raise OverBudget(seconds, least)
         return min(found, key=lambda choice: choice.error)
 
-    def _within(self, seconds: float, tail: str, every: int) -> Choice:
+    def _within(self, seconds: float, tail: str, steps: Timeline, reuse: Reuse | None = None) -> Choice:
         """The least error of one schedule. What `assign` adds up leaves out what whole calls cost beside their heads:
         its budget is cut until the calls as they are predicted take the time. Raises OverBudget."""
-        problem, budget = self.problem(tail, every), self.budget(seconds, every)
+        problem, budget = self._problem_of(tail, steps), self._budget(seconds, steps)
         for share in CUTS:
             try:
-                choice = self._choice(tail, every, problem, assign(problem, share * budget))
+                choice = self._choice(tail, steps, problem, assign(problem, share * budget), reuse)
             except OverBudget:
                 break
             if self.attention_seconds(choice) <= (1 + WITHIN) * seconds:
                 return choice
-        fastest = self._choice(tail, every, problem, at_price(problem, 1e30))
+        fastest = self._choice(tail, steps, problem, at_price(problem, 1e30), reuse)
         least = self.attention_seconds(fastest)
         if least <= seconds:
             return fastest
-        raise OverBudget(budget, self.budget(least, every))
+        raise OverBudget(budget, self._budget(least, steps))
 
     def budget(self, seconds: float, every: int = 0) -> float:
         """What the cost model may predict for all sparse calls, if attention may take `seconds` of a clip."""
-        return seconds / self._scale - self._dense_steps_seconds(every)
+        return self._budget(seconds, timeline(self.study, every))
+
+    def _budget(self, seconds: float, steps: Timeline) -> float:
+        return seconds / self._scale - self._dense_steps_seconds(steps)
 
     def of(self, chosen: np.ndarray, tail: str = "pooled", every: int = 0) -> Choice:
         """A choice made elsewhere, [stages, layers, heads], with its predictions."""
-        return self._choice(tail, every, self.problem(tail, every), chosen.reshape(-1, chosen.shape[-1]))
+        steps, problem = timeline(self.study, every), self.problem(tail, every)
+        return self._choice(tail, steps, problem, chosen.reshape(-1, chosen.shape[-1]))
 
     def problem(self, tail: str = "pooled", every: int = 0) -> Problem:
         """What `assign` solves; places are the layers of the first stage, then those of the second …"""
-        return self._problems[tail, every]
+        return self._problem_of(tail, timeline(self.study, every))
 
     def fastest(self) -> float:
         """The greatest predicted speed-up of denoising."""
+        other = self.dense.other
+        if self._reuse:
+            other = self._other(timeline(self.study, 0, self._reuse[min(self._reuse)].computed))
         try:
             self.at_attention(0.0)
         except OverBudget as error:
-            return (self.dense.attention + self.dense.other) / (error.least + self.dense.other)
-        return (self.dense.attention + self.dense.other) / self.dense.other
+            share = other / self.dense.other
+            return (self.dense.attention + self.dense.other) / (error.least * share + other)
+        return (self.dense.attention + self.dense.other) / other
 
     def plan(self, choice: Choice, name: str, hardware: str) -> Plan:
         """The plan of a choice: a stage for every table that differs from the one before."""
@@ -171,7 +211,12 @@ class Choices:
             stages=tuple(stages),
             tail=choice.tail,
             residual=choice.residual,
-            schedule=Schedule(dense_above=self.share_before(self.study.dense_steps), dense_every=choice.every),
+            schedule=Schedule(
+                dense_above=self.share_before(self.study.dense_steps),
+                dense_every=choice.every,
+                computed=tuple(round(self._sigmas[step] / self._sigmas[0], 6) for step in choice.computed),
+            ),
+            cache=Caching("schedule", predictor="taylor") if choice.computed else None,
             block=self.study.block,
             break_even=False,
             model=self.study.model,
@@ -193,12 +238,15 @@ class Choices:
 
     def attention_seconds(self, choice: Choice) -> float:
         """Predicted seconds of attention in a clip."""
-        return self.seconds_of(self._tables(choice), choice.tail, choice.every)
+        return self._seconds_of(self._tables(choice), choice.tail, self._steps(choice))
 
     def seconds_of(self, tables: Sequence[Table], tail: str = "pooled", every: int = 0) -> float:
         """Likewise, of any tables: one for each stage, with a row for all layers or one for each."""
-        seconds = self._dense_steps_seconds(every)
-        for table, calls, learning in zip(tables, *self._calls(self._timelines[every]), strict=True):
+        return self._seconds_of(tables, tail, timeline(self.study, every))
+
+    def _seconds_of(self, tables: Sequence[Table], tail: str, steps: Timeline) -> float:
+        seconds = self._dense_steps_seconds(steps)
+        for table, calls, learning in zip(tables, *self._calls(steps), strict=True):
             for layer in range(self.study.layers):
                 row = table[layer if len(table) > 1 else 0]
                 once, each = self.study.heads / len(row), self.site_seconds(row, tail, self._residual)
@@ -209,7 +257,7 @@ class Choices:
 
     def head_errors(self, choice: Choice) -> np.ndarray:
         """[stages, layers, heads]: the relative error of each head's output, mean over sparse steps."""
-        steps = self._timelines[choice.every]
+        steps = self._steps(choice)
         means = np.stack([self.errors(choice.tail, steps, stage) for stage in self.stages])
         return np.sqrt(np.take_along_axis(means, choice.chosen[..., None], -1)[..., 0])
 
@@ -260,7 +308,7 @@ class Choices:
         for step in steps.sparse:
             if step.bucket in buckets:
                 squared = self.weights[step.bucket][:, None, None] * self._step_errors(tail, step)
-                total += np.sqrt(squared) / sizes[step.bucket]
+                total += step.stands_for * np.sqrt(squared) / sizes[step.bucket]
         return len(self.stages) * np.square(total)
 
     def site_seconds(
@@ -283,6 +331,11 @@ class Choices:
                 break
             fewest = tokens
         return fewest
+
+    def _problem_of(self, tail: str, steps: Timeline) -> Problem:
+        if (tail, steps) not in self._problems:
+            self._problems[tail, steps] = self._problem(tail, steps)
+        return self._problems[tail, steps]
 
     def _problem(self, tail: str, steps: Timeline) -> Problem:
         errors = np.stack([self._clip_errors(tail, steps, stage) for stage in self.stages])
@@ -328,22 +381,35 @@ class Choices:
         per_site = self._shape.batch * self.study.heads * tokens * self.study.head_dim * itemsize
         return per_site * self.study.layers * self.profile.branches * len(self.stages)
 
-    def _choice(self, tail: str, every: int, problem: Problem, chosen: np.ndarray) -> Choice:
+    def _choice(
+        self, tail: str, steps: Timeline, problem: Problem, chosen: np.ndarray, reuse: Reuse | None = None
+    ) -> Choice:
+        computed, lost = (reuse.computed, reuse.error) if reuse is not None else ((), 0.0)
         shape = (len(self.stages), self.study.layers, -1)
-        choice = Choice(tail, self._residual, every, chosen.reshape(shape), problem.error(chosen), 0.0, 0.0)
+        error = problem.error(chosen) + lost
+        choice = Choice(tail, self._residual, steps.every, computed, chosen.reshape(shape), error, 0.0, 0.0)
         attention = self.attention_seconds(choice)
         kept = np.array([rule.kept for rule in self.study.rules])[choice.chosen]
-        density = float(np.average(kept.mean((1, 2)), weights=self._calls(self._timelines[every])[0]))
+        calls = self._calls(steps)[0]
+        density = float(np.average(kept.mean((1, 2)), weights=calls)) if calls.any() else 1.0
         total = self.dense.attention + self.dense.other
-        return replace(choice, speedup=total / (attention + self.dense.other), density=density)
+        return replace(choice, speedup=total / (attention + self._other(steps)), density=density)
+
+    def _steps(self, choice: Choice) -> Timeline:
+        return timeline(self.study, choice.every, choice.computed)
+
+    def _other(self, steps: Timeline) -> float:
+        """Seconds beside attention: reused steps have only what stands around the blocks."""
+        share = steps.computed / self.study.steps
+        return self.dense.other * (share + REUSED * (1 - share))
 
     @property
     def _scale(self) -> float:
         """Attention in a dense clip as it was measured over what is predicted: only ratios are taken from the model."""
         return self.dense.attention / (self.study.steps * self.profile.branches * self.study.layers * self.dense_call)
 
-    def _dense_steps_seconds(self, every: int) -> float:
-        return self._timelines[every].dense * self.profile.branches * self.study.layers * self.dense_call
+    def _dense_steps_seconds(self, steps: Timeline) -> float:
+        return steps.dense * self.profile.branches * self.study.layers * self.dense_call
 
     def share_before(self, step: int) -> float:
         """A share of the first sigma between those of a step and the one before it."""

@@ -44,6 +44,7 @@ from pointillist.search.profile import (
     write,
 )
 from pointillist.search.record import Point, SearchRecord
+from pointillist.search.reuse import Reuse, best_reuse
 from pointillist.search.sensitivity import REFERENCE, TAIL, Playback, bucket_errors, record_playback
 from pointillist.search.study import Study
 from pointillist.search.verify import Clip, Measured, against, clip
@@ -51,6 +52,8 @@ from pointillist.search.wish import Try, Wish, correction, meet
 
 CURVE = (1.2, 1.4, 1.7, 2.0, 2.5, 3.0, 4.0)
 """Speed-ups of attention of the points that are predicted for the Pareto curve."""
+REUSING_CURVE = (1.3, 1.6, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0)
+"""Speed-ups of denoising of those points, where steps are reused."""
 
 
 @dataclass(frozen=True)
@@ -65,13 +68,21 @@ class Search:
     """A search of one study in one folder; several processes may each measure a shard of it."""
 
     def __init__(
-        self, pipe: Any, study: Study, folder: Path, progress: Progress = lambda *of: None, stages: bool = False
+        self,
+        pipe: Any,
+        study: Study,
+        folder: Path,
+        progress: Progress = lambda *of: None,
+        stages: bool = False,
+        reuse: bool = True,
     ) -> None:
         """
         Args:
             stages: choose anew for every step bucket; else one table serves all sparse steps.
+            reuse: steps may reuse what others computed.
         """
-        self.pipe, self.study, self.folder, self.progress, self.stages = pipe, study, folder, progress, stages
+        self.pipe, self.study, self.folder, self.progress = pipe, study, folder, progress
+        self.stages, self.reuse = stages, reuse
 
     def measure(self, shard: tuple[int, int] = (0, 1)) -> None:
         """Record what is missing of part i of n.
@@ -151,7 +162,15 @@ class Search:
             times = measured
         elif runs is not None and facts["machine"] == self.machine:
             times = DenseTimes(times.attention, max(0.0, facts["seconds"] - times.attention))
-        return Choices(self.study, profile, weights, model, times, tuple(facts["sigmas"]), self.stages)
+        sigmas = tuple(facts["sigmas"])
+        reuse = self._reuse_of(tensors, sigmas) if self.reuse else {}
+        return Choices(self.study, profile, weights, model, times, sigmas, self.stages, reuse)
+
+    def _reuse_of(self, tensors: dict[str, torch.Tensor], sigmas: tuple[float, ...]) -> dict[int, Reuse]:
+        """Schedules of reused steps, for every number of computed ones."""
+        felt = (tensors["errors"] / tensors["latent errors"].clamp(min=1e-30)).double().numpy()
+        buckets = np.searchsorted(self.study.edges[1:], range(self.study.steps), side="right").clip(max=len(felt) - 1)
+        return best_reuse(tensors["velocities"].double().numpy(), sigmas, felt[buckets])
 
     def _found(
         self,
@@ -181,6 +200,7 @@ class Search:
         settings = {
             "model": self.study.model, "prompts": len(self.study.prompts), "held-out prompts": len(runs.prompts),
             "steps": self.study.steps, "dense steps": self.study.dense_steps, "then dense every": chosen.every,
+            "computed steps": list(chosen.computed) or self.study.steps,
             "candidates": len(self.study.rules),
             "tokens": math.prod(choices.profile.grid), "grid": list(choices.profile.grid), "wish": str(wish),
             "hardware": hardware.name, "seed": self.study.seed, "dtype": self.study.dtype,
@@ -318,9 +338,13 @@ def predicted_times(model: CostModel, study: Study, profile: Profile, flops: flo
 
 def _curve(choices: Choices) -> list[Choice]:
     found: list[Choice] = []
-    for speedup in CURVE:
+    for speedup in REUSING_CURVE if choices.reuses else CURVE:
         try:
-            choice = choices.at_attention(choices.dense.attention / speedup)
+            choice = (
+                choices.at_speedup(speedup)
+                if choices.reuses
+                else choices.at_attention(choices.dense.attention / speedup)
+            )
         except OverBudget:
             break
         if not found or not choice.same_as(found[-1]):
@@ -330,11 +354,16 @@ def _curve(choices: Choices) -> list[Choice]:
 
 def _point(choice: Choice, measured: Measured | None, more: float, here: bool, chosen: bool) -> Point:
     return Point(
-        name=f"density {choice.density:.2f}", density=choice.density, predicted_speedup=choice.speedup,
+        name=_named(choice), density=choice.density, predicted_speedup=choice.speedup,
         predicted_psnr=choice.psnr + more, measured_speedup=measured.speedup if measured and here else None,
         measured_psnr=measured.psnr if measured else None, measured_ssim=measured.ssim if measured else None,
         chosen=chosen,
     )  # fmt: skip
+
+
+def _named(choice: Choice) -> str:
+    steps = f", {len(choice.computed)} steps computed" if choice.computed else ""
+    return f"density {choice.density:.2f}{steps}"
 
 
 def _kept(choices: Choices, chosen: Choice) -> np.ndarray:

@@ -27,6 +27,8 @@ class SparseStep:
     """How unlike its loss is to that of `since`: so much of what was recorded of the calibration step's."""
     recent: float
     """And so much of what was recorded of the last step's that was looked at."""
+    stands_for: int = 1
+    """Itself, and the steps behind it that reuse what it gave."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class Timeline:
     """See `Schedule.dense_every`."""
     dense: int
     """How many steps are dense."""
+    computed: int
+    """How many are computed."""
     sparse: tuple[SparseStep, ...]
 
     def calls(self, buckets: tuple[int, ...]) -> int:
@@ -56,9 +60,10 @@ def periods(study: Study) -> tuple[int, ...]:
     return tuple(dict.fromkeys([0, *(every for every in found if steps % every)]))  # the last step needs no other
 
 
-def timeline(study: Study, every: int) -> Timeline:
-    """Of the study's dense steps and every n-th of the others."""
-    schedule = Schedule(dense_steps=study.dense_steps, dense_every=every)
+def timeline(study: Study, every: int, computed: tuple[int, ...] = ()) -> Timeline:
+    """Of the study's dense steps and every n-th of the others. `computed` names the steps that are; empty: all are."""
+    shares = tuple((study.steps - step) / study.steps for step in computed)
+    schedule = Schedule(dense_steps=study.dense_steps, dense_every=every, computed=shares)
     falling = tuple(float(study.steps - step) for step in range(study.steps))
     kinds = [schedule.kind(step, falling) for step in range(study.steps)]
     sparse, before = [], study.calibration_step
@@ -67,9 +72,12 @@ def timeline(study: Study, every: int) -> Timeline:
             if kinds[step] == "sparse":
                 since = max(each for each in range(step) if kinds[each] == "dense")
                 parts = _parts(step - since, middle - before, middle - study.calibration_step)
-                sparse.append(SparseStep(step, bucket, since, *parts))
+                behind = next(
+                    (i for i, kind in enumerate(kinds[step + 1 :]) if kind != "cached"), len(kinds) - step - 1
+                )
+                sparse.append(SparseStep(step, bucket, since, *parts, stands_for=1 + behind))
         before = middle
-    return Timeline(every, kinds.count("dense"), tuple(sparse))
+    return Timeline(every, kinds.count("dense"), len(kinds) - kinds.count("cached"), tuple(sparse))
 
 
 def _parts(age: int, recent: int, calibrated: int) -> tuple[float, float]:

@@ -10,8 +10,10 @@ from pointillist.search.curve import Choice, Choices
 from pointillist.search.errors import SearchError
 from pointillist.search.verify import Measured
 
+SPEEDUPS = {"quality": 1.8, "balanced": 2.6, "fast": 4.0}
+"""How much faster denoising is under the plans of these names, where steps may be reused."""
 ATTENTION_SPEEDUPS = {"quality": 1.5, "balanced": 2.0, "fast": 3.0}
-"""How much faster attention is under the plans of these names."""
+"""How much faster attention is under them, where every step is computed."""
 RUNS = 3
 """So many plans are run at most before the final one."""
 SPEED_TOLERANCE = 0.03
@@ -99,9 +101,13 @@ def meet(wish: Wish, choices: Choices, run: Run | None, timed: bool) -> tuple[Ch
 def _named(choices: Choices, wished: str) -> dict[str, Choice]:
     """The choice of every named speed that can be had. Raises SearchError if the wished one cannot."""
     found = {}
-    for name, speedup in ATTENTION_SPEEDUPS.items():
+    for name in SPEEDUPS:
         try:
-            found[name] = _at_attention(choices, speedup)
+            found[name] = (
+                _at_speedup(choices, SPEEDUPS[name])
+                if choices.reuses
+                else _at_attention(choices, ATTENTION_SPEEDUPS[name])
+            )
         except SearchError:
             if name == wished:
                 raise
