@@ -100,14 +100,11 @@ def meet(wish: Wish, choices: Choices, run: Run | None, timed: bool) -> tuple[Ch
 
 def _named(choices: Choices, wished: str) -> dict[str, Choice]:
     """The choice of every named speed that can be had. Raises SearchError if the wished one cannot."""
+    speedups, choose = (SPEEDUPS, _at_speedup) if choices.reuses else (ATTENTION_SPEEDUPS, _at_attention)
     found = {}
-    for name in SPEEDUPS:
+    for name, speedup in speedups.items():
         try:
-            found[name] = (
-                _at_speedup(choices, SPEEDUPS[name])
-                if choices.reuses
-                else _at_attention(choices, ATTENTION_SPEEDUPS[name])
-            )
+            found[name] = choose(choices, speedup)
         except SearchError:
             if name == wished:
                 raise

@@ -9,7 +9,7 @@ from pointillist.cli import run
 from pointillist.search.candidates import DENSE
 from pointillist.search.sensitivity import REFERENCE
 
-SMALL = ["--width", "64", "--height", "64", "--frames", "9", "--steps", "4", "--no-verify"]
+SMALL = ["--width", "64", "--height", "64", "--frames", "9", "--steps", "4", "--no-verify", "--no-cache"]
 
 
 @pytest.fixture
