@@ -225,7 +225,8 @@ def measure(folder: Path, speed: str, every: int | None, prompts: int, labels: l
         for label in missing:
             measured = against(dense, _clip(search, plans[label], prompt, SEEDS + number))
             results.add(f"{name} | {label} | {number}", {
-                "prompt": prompt, "plan": digests[label], "psnr": round(measured.psnr, 3), "ssim": round(measured.ssim, 4),
+                "prompt": prompt, "plan": digests[label],
+                "psnr": round(measured.psnr, 3), "ssim": round(measured.ssim, 4),
                 "attention": round(measured.attention_speedup, 3), "denoising": round(measured.speedup, 3),
                 "density": round(measured.density, 3), "fallbacks": list(measured.fallbacks),
             })  # fmt: skip

@@ -46,7 +46,7 @@ class RegionSampling:
         if shared.get("step") != state.step:  # once for all branches
             self._look(shared, x, kinds)
         if kinds[state.step] == "region":
-            if "velocity" in self._velocity():
+            if self._velocity().get("keys"):
                 runtime.rows = shared["rows"]
             else:
                 runtime.record.notes["all tokens computed: there was no step before to keep the others of"] += 1
@@ -101,6 +101,7 @@ class RegionSampling:
             out = memory["velocity"].scatter(1, index, out)
         if runtime.state.step is not None:
             memory["velocity"] = out
+            memory["keys"] = runtime.keeps_keys or runtime.rows is not None
             held = runtime.held(" keys") + runtime.held(" velocity")
             runtime.record.held["regions"] = max(runtime.record.held.get("regions", 0), held)
         return out

@@ -122,7 +122,9 @@ class _Passage:
 
     def _decide(self) -> bool:
         cache, seen, memory = self.cache, self.seen, self._memory
-        if self._outside:
+        if (
+            self._outside or cache._runtime.keeps_keys
+        ):  # the next step takes a part of the tokens through this one's keys
             return False
         row = memory.get("in a row", 0)
         decider, caching = cache._decider, cache._caching
