@@ -19,6 +19,7 @@ Each measurement is kept at once: an interrupted run goes on. Results: benchmark
 """
 
 import argparse
+import bisect
 import hashlib
 import json
 import statistics
@@ -111,12 +112,10 @@ def single(choices: Choices, name: str, options: tuple, seconds: float, every: i
 
 def _densest(choices: Choices, tables: list[tuple], seconds: float, every: int, name: str) -> Plan | None:
     """The last of the tables, which get denser, whose attention takes the time."""
-    plans = [
-        replace(_plan(choices, np.zeros((1, 1), int), every, name), table=table)
-        for table in tables
-        if choices.seconds_of([table], every=every) <= seconds
-    ]
-    return plans[-1] if plans else None
+    fitting = bisect.bisect_right(tables, seconds, key=lambda table: choices.seconds_of([table], every=every))
+    if not fitting:
+        return None
+    return replace(_plan(choices, np.zeros((1, 1), int), every, name), table=tables[fitting - 1])
 
 
 def best_per_layer(choices: Choices, seconds: float, every: int) -> Plan | None:

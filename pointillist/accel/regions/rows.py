@@ -25,7 +25,7 @@ class RegionSampling:
         self._regions, self._runtime, self._name = regions, runtime, name
         self._family, self._transformer = family, transformer
         self.fixed: torch.Tensor | None = None
-        """int64 [n]: tokens that a user chose, in place of those that matter."""
+        """int64 [n]: tokens that a user chose, in place of those that matter (`Acceleration.compute_only`)."""
 
         self._shapes: Any = None
 
@@ -40,8 +40,6 @@ class RegionSampling:
         if state.step is None or plan is None:
             return
         kinds = [plan.schedule.kind(step, state.sigmas) for step in range(len(state.sigmas))]
-        computed = [kind for kind in kinds[state.step + 1 :] if kind != "cached"]
-        runtime.keeps_keys = kinds[state.step] in ("dense", "sparse") and computed[:1] == ["region"]
         shared = runtime.memory(f"{self._name} regions", self._shapes, every_branch=True)
         if shared.get("step") != state.step:  # once for all branches
             self._look(shared, x, kinds)
@@ -50,10 +48,18 @@ class RegionSampling:
                 runtime.rows = shared["rows"]
             else:
                 runtime.record.notes["all tokens computed: there was no step before to keep the others of"] += 1
+        computed = [kind for kind in kinds[state.step + 1 :] if kind != "cached"]
+        runtime.keeps_keys = runtime.rows is None and kinds[state.step] != "cached" and computed[:1] == ["region"]
 
-    def leave(self) -> None:
-        """It has ended, well or not."""
-        self._runtime.rows, self._runtime.keeps_keys = None, False
+    def leave(self, reused: bool) -> None:
+        """It has ended, well or not; `reused`: a cache gave its output, so no token was computed."""
+        runtime = self._runtime
+        runtime.rows, runtime.keeps_keys = None, False
+        if reused and runtime.state.step is not None:
+            shared = runtime.memory(f"{self._name} regions", self._shapes, every_branch=True)
+            if not shared["reused"]:  # once for all branches
+                shared.update(age=shared["age before"] + 1, reused=True)
+                runtime.record.ages[runtime.state.step] = shared["age"]
 
     def _look(self, shared: dict[Any, Any], x: torch.Tensor, kinds: list[str]) -> None:
         """What the last step did to the tokens, and which of them this one computes."""
@@ -62,17 +68,18 @@ class RegionSampling:
         assert step is not None and grid is not None
         x = _channels_second(x)[:, : self._family.latent_channels(self._transformer)].float()
         age = shared.get("age", torch.zeros(x.shape[0], math.prod(grid), device=x.device))
-        if shared.get("step") == step - 1 and kinds[step - 1] != "cached":
+        if shared.get("step") == step - 1 and not shared["reused"]:
             velocity = (x - shared["x"]) / (state.sigmas[step] - state.sigmas[step - 1])
             found = importance(velocity, shared.get("velocity"), grid, focus)
             if focus == "change" and "importance" in shared:  # a token that was not computed kept its velocity
                 found = torch.where(age == 0, found, shared["importance"])
             shared.update(velocity=velocity, importance=found)
+        shared["age before"], shared["reused"] = age, False
         age = age + 1
         if kinds[step] == "region":
             shared["rows"] = self._choose(shared.get("importance", torch.ones_like(age)), age, grid)
             age = age.scatter(1, shared["rows"], 0.0)
-        elif kinds[step] != "cached":
+        else:
             age = torch.zeros_like(age)
         shared.update(x=x, step=step, age=age)
         self._runtime.record.ages[step] = age
@@ -81,6 +88,11 @@ class RegionSampling:
         """int64 [B, n]: the tokens that this step computes."""
         regions, plan = self._regions, self._runtime.plan
         if self.fixed is not None:
+            if int(self.fixed.min()) < 0 or int(self.fixed.max()) >= age.shape[1]:
+                raise ValueError(
+                    f"tokens {int(self.fixed.min())} to {int(self.fixed.max())} are not all of this grid; "
+                    f"it has those from 0 to {age.shape[1] - 1}"
+                )
             return self.fixed.to(age.device).expand(age.shape[0], -1)
         score = aged(importance, age, regions.age, regions.max_age)
         if regions.unit == "token":
