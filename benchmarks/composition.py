@@ -17,6 +17,7 @@ import statistics
 import tempfile
 import time
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ from pointillist.pipelines.video import Clip, write_clips
 
 RESULTS = Path(__file__).parent / "results" / "composition_cpu.json"
 PICTURE = Path(__file__).parent.parent / "docs" / "images" / "composition.png"
+PARTS = ("text", "denoise", "decode", "write")
+"""Of the way from a prompt to a file."""
 SEEDS = 200
 """Of the first prompt."""
 
@@ -119,7 +122,7 @@ def measure(names: list[str], steps: int, prompts: int, searched: Path) -> None:
                 "digest": each.digest(), "prompt": prompt, "psnr": round(difference.psnr, 3),
                 "ssim": round(difference.ssim, 4),
                 **{f"{part} speed-up": round(dense[part] / made[part], 3) for part in ("denoise", "total")},
-                **{f"{part} share": round(made[part] / made["total"], 4) for part in ("denoise", "decode", "write", "text")},
+                **{f"{part} share": round(made[part] / made["total"], 4) for part in PARTS},
                 **{key: made[key] for key in ("kinds", "held", "notes", "density")},
             }  # fmt: skip
             known[f"{steps} | {name} | {number}"] = entry
@@ -146,7 +149,7 @@ def generation(pipe: Any, wish: Configuration, prompt: str, seed: int, steps: in
     with tempfile.TemporaryDirectory() as folder:
         write_clips({Path(folder) / "clip.mp4": Clip(frames, {})}, 16)
     clock.append(time.perf_counter())
-    text, denoise, decode, write = (after - before for before, after in zip(clock, clock[1:], strict=False))
+    text, denoise, decode, write = (after - before for before, after in pairwise(clock))
     return {
         "frames": frames, "text": text, "denoise": denoise, "decode": decode, "write": write,
         "total": clock[-1] - clock[0], "kinds": "".join(kind[0] for kind in report.kinds), "held": report.held,
@@ -194,7 +197,8 @@ def table() -> str:
     ]
     lines += [
         f"| {row['steps']} | {row['name']} | {row['prompts']} | {row['denoise']:.2f}× | {row['total']:.2f}× "
-        f"| {row['psnr']:.1f} dB | {row['worst']:.1f} dB | {row['ssim']:.3f} | {row['held']:.0f} MiB | {row['rest']:.0%} |"
+        f"| {row['psnr']:.1f} dB | {row['worst']:.1f} dB | {row['ssim']:.3f} | {row['held']:.0f} MiB "
+        f"| {row['rest']:.0%} |"
         for row in summary()
     ]
     return "\n".join(lines)
