@@ -202,7 +202,7 @@ def _choices(folder: Path) -> tuple[Any, Choices]:
     return search, search.choices(hardware, Runs(search, held_out))
 
 
-def measure(folder: Path, speed: str, every: int | None, prompts: int, labels: list[str]) -> None:
+def measure(folder: Path, speed: str, every: int | None, prompts: int, labels: list[str], threads: int) -> None:
     """Run the plans on held-out prompts, with seeds that the search did not use."""
     search, choices = _choices(folder)
     seconds = choices.dense.attention / ATTENTION_SPEEDUPS[speed]
@@ -215,6 +215,7 @@ def measure(folder: Path, speed: str, every: int | None, prompts: int, labels: l
         plans["random search"] = best
     print("cannot be that fast:", ", ".join(label for label, plan in made.items() if plan is None) or "none")
     results = Results()
+    torch.set_num_threads(threads or torch.get_num_threads())
     for number, prompt in enumerate(HELD_OUT[:prompts]):
         digests = {label: hashlib.sha256(plan.to_json().encode()).hexdigest()[:8] for label, plan in plans.items()}
         known = {label: results.entries.get(f"{name} | {label} | {number}", {}).get("plan") for label in plans}
@@ -349,13 +350,14 @@ def main() -> None:
     parser.add_argument("--every", type=int, help="dense steps among the sparse ones, in place of the search's own")
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--only", action="append", default=[], help="these rivals, by their labels")
+    parser.add_argument("--threads", type=int, default=0, help="of the clips; plans are chosen for all of the machine")
     args = parser.parse_args()
     if args.command == "table":
         print(table())
     elif args.command == "sites":
         measure_sites(args.folder)
     else:
-        measure(args.folder, args.speed, args.every, args.prompts, args.only)
+        measure(args.folder, args.speed, args.every, args.prompts, args.only, args.threads)
 
 
 if __name__ == "__main__":
