@@ -151,6 +151,28 @@ class Acceleration:
         for target in self._targets:
             self._undo.callback(wrap(target.transformer, "forward", of(target.name)))
 
+    def compute_only(self, tokens: torch.Tensor | None) -> None:
+        """From now on, region steps compute these tokens of the grid, int64 [n], in place of those that matter; None
+        ends it. Which steps are region steps is the schedule's to say. Raises AccelerateError where it has none."""
+        if not self._regions:
+            raise AccelerateError("there are no region steps to compute tokens in; give accelerate(regions=…)")
+        if tokens is not None and (tokens.dtype != torch.int64 or tokens.ndim != 1 or not len(tokens)):
+            raise AccelerateError(
+                f"tokens are {tokens.dtype} {list(tokens.shape)}; they must be int64 [n], at least one"
+            )
+        for regions in self._regions.values():
+            regions.fixed = tokens
+
+    def watch_velocities(self, tell: Callable[[torch.Tensor], None]) -> None:
+        """From now on, call `tell(velocity)` in every step with what the scheduler is given: the guided output of the
+        transformer, in the shape of the latents. It may be reused after the call: clone what is to be kept."""
+
+        def step(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            tell(args[0] if args else kwargs["model_output"])
+            return original(*args, **kwargs)
+
+        self._undo.callback(wrap(self._pipe.scheduler, "step", step))
+
     def restore(self) -> None:
         """Undo everything: the next output is that of a pipeline never touched. May be called twice."""
         self._undo.close()

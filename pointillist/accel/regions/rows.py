@@ -25,7 +25,7 @@ class RegionSampling:
         self._regions, self._runtime, self._name = regions, runtime, name
         self._family, self._transformer = family, transformer
         self.fixed: torch.Tensor | None = None
-        """int64 [n]: tokens that a user chose, in place of those that matter."""
+        """int64 [n]: tokens that a user chose, in place of those that matter (`Acceleration.compute_only`)."""
 
         self._shapes: Any = None
 
@@ -40,8 +40,6 @@ class RegionSampling:
         if state.step is None or plan is None:
             return
         kinds = [plan.schedule.kind(step, state.sigmas) for step in range(len(state.sigmas))]
-        computed = [kind for kind in kinds[state.step + 1 :] if kind != "cached"]
-        runtime.keeps_keys = kinds[state.step] in ("dense", "sparse") and computed[:1] == ["region"]
         shared = runtime.memory(f"{self._name} regions", self._shapes, every_branch=True)
         if shared.get("step") != state.step:  # once for all branches
             self._look(shared, x, kinds)
@@ -50,6 +48,8 @@ class RegionSampling:
                 runtime.rows = shared["rows"]
             else:
                 runtime.record.notes["all tokens computed: there was no step before to keep the others of"] += 1
+        computed = [kind for kind in kinds[state.step + 1 :] if kind != "cached"]
+        runtime.keeps_keys = runtime.rows is None and kinds[state.step] != "cached" and computed[:1] == ["region"]
 
     def leave(self) -> None:
         """It has ended, well or not."""
@@ -81,6 +81,11 @@ class RegionSampling:
         """int64 [B, n]: the tokens that this step computes."""
         regions, plan = self._regions, self._runtime.plan
         if self.fixed is not None:
+            if int(self.fixed.min()) < 0 or int(self.fixed.max()) >= age.shape[1]:
+                raise ValueError(
+                    f"tokens {int(self.fixed.min())} to {int(self.fixed.max())} are not all of this grid; "
+                    f"it has those from 0 to {age.shape[1] - 1}"
+                )
             return self.fixed.to(age.device).expand(age.shape[0], -1)
         score = aged(importance, age, regions.age, regions.max_age)
         if regions.unit == "token":
