@@ -65,7 +65,7 @@ def save_kept(path: Path, kept: Kept, facts: dict[str, Any]) -> None:
     tensors = {
         "velocities": kept.velocities.contiguous(),
         "sigmas": torch.tensor(kept.sigmas, dtype=torch.float64),
-        "pixels": torch.from_numpy(kept.pixels),
+        "pixels": torch.from_numpy(kept.pixels).contiguous(),
     }
     try:
         write_whole(path, save(tensors, {"pointillist": json.dumps(facts, allow_nan=False)}))
