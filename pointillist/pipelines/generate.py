@@ -351,9 +351,9 @@ def _generator(seed: int) -> Any:
 
 
 def rounded(value: Any) -> Any:
-    """Nested facts with four decimals."""
+    """Nested facts as JSON has them, with four decimals."""
     if isinstance(value, dict):
         return {key: rounded(each) for key, each in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [rounded(each) for each in value]
     return round(value, 4) if isinstance(value, float) else value

@@ -244,9 +244,8 @@ def _differing(clip: Path, kept: Kept) -> list[str]:
 
 def _original(request: RepaintRequest, facts: dict[str, Any]) -> GenerateRequest:
     """The request that made the clip. Raises OutputError if it is none."""
-    asked = {name: facts["request"].get(name) for name in ASKED}
-    given = {name: value for name, value in asked.items() if value is not None}
     try:
+        given = {name: value for name in ASKED if (value := facts["request"].get(name)) is not None}
         return GenerateRequest(
             **{**given, "options": tuple(given.get("options", ())), "device": request.device or given.get("device")},
             **{name: facts[name] for name in SETTINGS if name != "request"},
