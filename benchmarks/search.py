@@ -19,6 +19,8 @@ Each measurement is kept at once: an interrupted run goes on. Results: benchmark
 """
 
 import argparse
+import bisect
+import hashlib
 import json
 import statistics
 from collections.abc import Callable
@@ -34,6 +36,7 @@ from pointillist.accel.accelerate import accelerate
 from pointillist.accel.patterns import PATTERNS
 from pointillist.accel.plan import Plan, Rule
 from pointillist.accel.schedule import Schedule
+from pointillist.files import write_whole
 from pointillist.hardware import detect
 from pointillist.pipelines.load import load_pipeline
 from pointillist.pipelines.search import machine, prepare_search
@@ -48,6 +51,8 @@ from pointillist.search.wish import ATTENTION_SPEEDUPS
 RESULTS = Path(__file__).parent / "results" / "search_cpu.json"
 SITES = RESULTS.with_name("search_sites_cpu.json")
 PICTURE = Path(__file__).parent.parent / "docs" / "images" / "search_sites.png"
+SEEDS = 100
+"""Of the first held-out prompt; the search has used those from 0."""
 RANDOM_PLANS = 4
 RANDOM_SITES = 2
 """Random plans whose sites are timed, for each speed."""
@@ -107,12 +112,10 @@ def single(choices: Choices, name: str, options: tuple, seconds: float, every: i
 
 def _densest(choices: Choices, tables: list[tuple], seconds: float, every: int, name: str) -> Plan | None:
     """The last of the tables, which get denser, whose attention takes the time."""
-    plans = [
-        replace(_plan(choices, np.zeros((1, 1), int), every, name), table=table)
-        for table in tables
-        if choices.seconds_of([table], every=every) <= seconds
-    ]
-    return plans[-1] if plans else None
+    fitting = bisect.bisect_right(tables, seconds, key=lambda table: choices.seconds_of([table], every=every))
+    if not fitting:
+        return None
+    return replace(_plan(choices, np.zeros((1, 1), int), every, name), table=tables[fitting - 1])
 
 
 def best_per_layer(choices: Choices, seconds: float, every: int) -> Plan | None:
@@ -185,9 +188,8 @@ class Results:
     def add(self, key: str, entry: dict[str, Any]) -> None:
         self.entries[key] = entry
         about = {"machine": detect(), "torch": torch.__version__, "threads": torch.get_num_threads()}
-        beside = RESULTS.with_suffix(".tmp")
-        beside.write_text(json.dumps({**about, "entries": self.entries}, indent=1) + "\n")
-        beside.replace(RESULTS)
+        text = json.dumps({**about, "entries": self.entries}, indent=1) + "\n"
+        write_whole(RESULTS, text.encode())
         print(key, entry, flush=True)
 
 
@@ -200,7 +202,7 @@ def _choices(folder: Path) -> tuple[Any, Choices]:
     return search, search.choices(hardware, Runs(search, held_out))
 
 
-def measure(folder: Path, speed: str, every: int | None, prompts: int, labels: list[str]) -> None:
+def measure(folder: Path, speed: str, every: int | None, prompts: int, labels: list[str], threads: int) -> None:
     """Run the plans on held-out prompts, with seeds that the search did not use."""
     search, choices = _choices(folder)
     seconds = choices.dense.attention / ATTENTION_SPEEDUPS[speed]
@@ -208,18 +210,23 @@ def measure(folder: Path, speed: str, every: int | None, prompts: int, labels: l
     every = choices.at_attention(seconds).every if every is None else every
     made = {label: make() for label, make in rivals(choices, seconds, every).items() if not labels or label in labels}
     plans = {label: plan for label, plan in made.items() if plan is not None}
+    best = _best_random(search, choices, seconds, every) if not labels or "random search" in labels else None
+    if best is not None:
+        plans["random search"] = best
     print("cannot be that fast:", ", ".join(label for label, plan in made.items() if plan is None) or "none")
-    if not labels or "random search" in labels:
-        plans["random search"] = _best_random(search, choices, seconds, every)
     results = Results()
+    torch.set_num_threads(threads or torch.get_num_threads())
     for number, prompt in enumerate(HELD_OUT[:prompts]):
-        missing = [label for label in plans if f"{name} | {label} | {number}" not in results.entries]
+        digests = {label: hashlib.sha256(plan.to_json().encode()).hexdigest()[:8] for label, plan in plans.items()}
+        known = {label: results.entries.get(f"{name} | {label} | {number}", {}).get("plan") for label in plans}
+        missing = [label for label in plans if known[label] != digests[label]]
         if missing:
-            dense = _clip(search, "none", prompt, number)
+            dense = _clip(search, "none", prompt, SEEDS + number)
         for label in missing:
-            measured = against(dense, _clip(search, plans[label], prompt, number))
+            measured = against(dense, _clip(search, plans[label], prompt, SEEDS + number))
             results.add(f"{name} | {label} | {number}", {
-                "prompt": prompt, "psnr": round(measured.psnr, 3), "ssim": round(measured.ssim, 4),
+                "prompt": prompt, "plan": digests[label],
+                "psnr": round(measured.psnr, 3), "ssim": round(measured.ssim, 4),
                 "attention": round(measured.attention_speedup, 3), "denoising": round(measured.speedup, 3),
                 "density": round(measured.density, 3), "fallbacks": list(measured.fallbacks),
             })  # fmt: skip
@@ -299,12 +306,12 @@ def _scatter(result: dict[str, Any], ratio: float) -> None:
     figure.savefig(PICTURE, dpi=110)
 
 
-def _best_random(search: Any, choices: Choices, seconds: float, every: int) -> Plan:
-    """The one of some random plans that is best on the first calibration prompt."""
+def _best_random(search: Any, choices: Choices, seconds: float, every: int) -> Plan | None:
+    """The one of some random plans that is best on the first calibration prompt; None if none is that fast."""
     prompt, seed = search.study.prompts[0], 1000
     dense = _clip(search, "none", prompt, seed)
     each = random_plans(choices, seconds, every, np.random.default_rng(0))
-    return max(each, key=lambda plan: against(dense, _clip(search, plan, prompt, seed)).psnr)
+    return max(each, key=lambda plan: against(dense, _clip(search, plan, prompt, seed)).psnr, default=None)
 
 
 def _clip(search: Any, plan: Plan | str, prompt: str, seed: int) -> Clip:
@@ -343,13 +350,14 @@ def main() -> None:
     parser.add_argument("--every", type=int, help="dense steps among the sparse ones, in place of the search's own")
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--only", action="append", default=[], help="these rivals, by their labels")
+    parser.add_argument("--threads", type=int, default=0, help="of the clips; plans are chosen for all of the machine")
     args = parser.parse_args()
     if args.command == "table":
         print(table())
     elif args.command == "sites":
         measure_sites(args.folder)
     else:
-        measure(args.folder, args.speed, args.every, args.prompts, args.only)
+        measure(args.folder, args.speed, args.every, args.prompts, args.only, args.threads)
 
 
 if __name__ == "__main__":

@@ -201,10 +201,9 @@ class Acceleration:
 
         @torch.compiler.disable
         def left(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if cache is not None:
-                cache.leave(output)
+            reused = cache is not None and cache.leave(output)
             if regions is not None:
-                regions.leave()
+                regions.leave(reused)
             state.leave()
 
         undo.callback(watch_branches(transformer, state))

@@ -121,13 +121,7 @@ CONFLICTS = (
         "FlowMatchEulerDiscreteScheduler does not",
     ),
     Conflict(
-        "a cached schedule with regions", "refuse",
-        lambda its: its.regions and its.plan is not None and its.plan.schedule.computed
-        and not its.plan.schedule.region_every,
-        lambda its: "a schedule of cached and region steps needs region_every, so that some steps compute all tokens",
-    ),
-    Conflict(
-        "a curve of another sampler", "warn",
+        "a curve of another attention", "warn",
         lambda its: its.caching is not None and its.caching.decider in ("magnitude", "modulated")
         and its.plan is not None and its.plan.patterns != {"dense"},
         lambda its: f"the cache {its.caching} was calibrated on dense attention; the plan {_plan(its)!r} is sparse",

@@ -84,6 +84,9 @@ class Report:
     """Bytes that parts remembered at most."""
     ages: dict[int, tuple[int, ...]] = field(default_factory=dict)
     """By step: how many tokens had not been computed for 0, 1, 2 … steps, where regions are sampled."""
+    refreshed: tuple[float, ...] = ()
+    """In what share of the steps each token was computed, likewise."""
+    grid: Grid = (0, 0, 0)
 
     @property
     def skipped(self) -> float:
@@ -147,6 +150,8 @@ def make_report(record: Record, plan: str, plan_source: str, dense_backend: tupl
         cache=record.caching,
         distances=_distances(record),
         held=dict(record.held),
+        refreshed=_refreshed(record),
+        grid=record.grid or (0, 0, 0),
         ages={step: tuple(age.long().flatten().bincount().tolist()) for step, age in record.ages.items()},
     )
 
@@ -163,6 +168,13 @@ def _kinds(record: Record) -> dict[int, str]:
             steps[step] = "cached"
         steps.setdefault(step, "dense")  # of a model whose attention is not followed
     return steps
+
+
+def _refreshed(record: Record) -> tuple[float, ...]:
+    if not record.ages:
+        return ()
+    computed = [age[0] == 0 for step, age in sorted(record.ages.items())]
+    return tuple(torch.stack(computed).float().mean(0).tolist())
 
 
 def _distances(record: Record) -> dict[int, float]:

@@ -16,8 +16,6 @@ from pointillist.cli.progress import show_progress
 from pointillist.pipelines.embedded.vocabulary import KNOWN_WORDS, unknown_words
 from pointillist.pipelines.generate import GenerateRequest, GenerateResult, generate
 
-_none_only = typer.Option(help="Only auto and none are available.")
-
 
 def command(
     prompt: Annotated[str, typer.Argument(help="What the clip shows.")],
@@ -54,7 +52,13 @@ def command(
             "with options like rate:threshold=0.1,predictor=taylor."
         ),
     ] = "auto",
-    regions: Annotated[str, _none_only] = "auto",
+    regions: Annotated[
+        str,
+        typer.Option(
+            help="Compute some of the tokens in some steps: auto (the plan's), none, easy, change, low_std, high_std; "
+            "with options like change:share=0.25,every=4."
+        ),
+    ] = "auto",
     compare: Annotated[bool, typer.Option("--compare", help="Also run dense with the same seed, and compare.")] = False,
     keep: Annotated[
         Path | None, typer.Option(help="FILE.safetensors: keep what repaint needs, so that it need not generate again.")
@@ -65,13 +69,11 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Generate a clip from PROMPT, accelerated."""
-    if regions not in ("auto", "none"):
-        raise ValueError(f"--regions {regions} is not available; allowed are auto and none")
     request = GenerateRequest(
         prompt=prompt, output=output, model=model, negative_prompt=negative_prompt, steps=steps, seed=seed,
         width=width, height=height, frames=frames, guidance=guidance, shift=shift, fps=fps, speed=speed, plan=plan,
         pattern=pattern, density=density, options=tuple(option or ()), tail=tail, dense=dense, cache=cache,
-        compare=compare, keep=keep, device=device, dtype=dtype, download=download,
+        regions=regions, compare=compare, keep=keep, device=device, dtype=dtype, download=download,
     )  # fmt: skip
     quieten()
     _hint_at_words(request)

@@ -12,6 +12,7 @@ from typing import Any
 
 from pointillist.accel.patterns import pattern_class
 from pointillist.accel.plan import Plan, PlanError, Rule
+from pointillist.accel.regions.policy import Regions
 from pointillist.accel.schedule import Schedule
 from pointillist.accel.step_cache.policy import Caching
 from pointillist.pipelines.kept import Kept, check_kept_file, save_kept
@@ -20,7 +21,20 @@ from pointillist.pipelines.video import Clip, check_format, check_output, write_
 SPEEDS = ("exact", "quality", "balanced", "fast")
 DENSE_SHARE = 0.15
 """Of the steps that stay dense with `--pattern`."""
-ASKED = ("shift", "device", "dtype", "speed", "plan", "pattern", "density", "options", "tail", "dense", "cache")
+ASKED = (
+    "shift",
+    "device",
+    "dtype",
+    "speed",
+    "plan",
+    "pattern",
+    "density",
+    "options",
+    "tail",
+    "dense",
+    "cache",
+    "regions",
+)
 """What a file says of its request beside the facts; null is the default."""
 
 
@@ -53,6 +67,7 @@ class GenerateRequest:
     tail: str = "default"
     dense: str = "auto"
     cache: str = "auto"
+    regions: str = "auto"
     compare: bool = False
     keep: Path | None = None
     """A safetensors file for what `repaint` needs of this generation."""
@@ -93,8 +108,12 @@ class GenerateRequest:
                 raise ValueError(str(error)) from error
         if self.cache not in ("auto", "none"):
             Caching.parse(self.cache)
-        if self.speed == "exact" and self.cache not in ("auto", "none"):
-            raise ValueError("--speed exact reuses nothing, so it cannot stand beside --cache; leave one of them out")
+        if self.regions not in ("auto", "none"):
+            Regions.parse(self.regions)
+        if self.speed == "exact" and {self.cache, self.regions} - {"auto", "none"}:
+            raise ValueError(
+                "--speed exact computes everything, so it cannot stand beside --cache or --regions; leave them out"
+            )
         if self.dtype is not None and self.dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"dtype {self.dtype!r} is unknown; allowed are float32, bfloat16, float16")
 
@@ -158,7 +177,7 @@ def generate(request: GenerateRequest, progress: Progress = lambda event: None) 
     dense = run_once(pipe, "none", call, seed, progress, "dense", request.dense) if request.compare else None
     label = "accelerated" if request.compare else ""
     keep = request.keep is not None
-    fast = run_once(pipe, plan, call, seed, progress, label, request.dense, request.cache, keep)
+    fast = run_once(pipe, plan, call, seed, progress, label, request.dense, request.cache, request.regions, keep)
     facts = describe(request, call, seed, fast, dense)
     facts["load_seconds"] = round(loaded, 3)
 
@@ -171,8 +190,9 @@ def generate(request: GenerateRequest, progress: Progress = lambda event: None) 
     clips = {request.output: Clip(fast.frames, facts)}
     if dense is not None:
         plain = replace(
-            request, plan="none", pattern=None, speed=None, density=None, options=(), tail="default", cache="none"
-        )
+            request, plan="none", pattern=None, speed=None, density=None, options=(), tail="default", cache="none",
+            regions="none",
+        )  # fmt: skip
         apart = describe(replace(plain, output=request.files["dense"]), call, seed, dense, None)
         clips[request.files["dense"]] = Clip(dense.frames, rounded(apart))
         clips[request.files["compare"]] = Clip(_side_by_side(dense.frames, fast.frames), facts)
@@ -246,6 +266,7 @@ def run_once(
     label: str,
     dense: str = "auto",
     cache: str = "auto",
+    regions: str = "auto",
     keep: bool = False,
 ) -> Run:
     """Run under `plan`, after one untimed step that warms everything up.
@@ -259,11 +280,11 @@ def run_once(
 
     prefix = f"{label}: " if label else ""
     chosen = choose_plan(plan, targets_of(pipe, sparse=plan != "none")).plan
-    once = "none" if chosen is None else replace(chosen, schedule=Schedule(), cache=None)
+    once = "none" if chosen is None else replace(chosen, schedule=Schedule(), cache=None, regions=None)
     with accelerate(pipe, once, dense=dense):
         progress(Event(f"{prefix}warming up"))
         pipe(**{**call, "num_inference_steps": 1, "output_type": "latent"}, generator=_generator(seed))
-    with accelerate(pipe, plan, cache=cache, dense=dense) as handle:
+    with accelerate(pipe, plan, cache=cache, regions=regions, dense=dense) as handle:
         return run_accelerated(pipe, handle, call, seed, progress, prefix, keep)
 
 

@@ -108,7 +108,8 @@ def repaint(request: RepaintRequest, progress: Progress = lambda event: None) ->
     source, again = "kept", 0.0
     if kept is None:
         label = "the clip was not kept and is generated again"
-        first = run_once(pipe, plan, call, facts["seed"], progress, label, original.dense, original.cache, keep=True)
+        how = (original.dense, original.cache, original.regions)
+        first = run_once(pipe, plan, call, facts["seed"], progress, label, *how, keep=True)
         kept, source, again = Kept.of(first), "generated again", time.perf_counter() - started
         notes = _differing(request.clip, kept)
 
@@ -258,7 +259,15 @@ def _original(request: RepaintRequest, facts: dict[str, Any]) -> GenerateRequest
 def _dense(original: GenerateRequest) -> GenerateRequest:
     """The same model and arguments, whose plan does not matter."""
     return replace(
-        original, plan="none", pattern=None, speed=None, density=None, options=(), tail="default", cache="none"
+        original,
+        plan="none",
+        pattern=None,
+        speed=None,
+        density=None,
+        options=(),
+        tail="default",
+        cache="none",
+        regions="none",
     )
 
 

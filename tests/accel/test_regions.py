@@ -15,6 +15,7 @@ from pointillist.accel.plan import Schedule
 from pointillist.accel.regions import keys
 from pointillist.accel.regions.choose import aged, importance, tiles_of, tokens_of
 from pointillist.accel.regions.policy import Regions, RegionsError
+from pointillist.accel.timeline_picture import write_timeline
 
 SOME = "change:share=0.4,every=3,from=1"
 
@@ -292,3 +293,25 @@ def test_models_and_samplers_that_cannot_are_refused():
     pipe.scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
     with accelerate(pipe, "none", regions="easy") as handle:
         assert any("UniPCMultistepScheduler" in note for note in handle.report().fallbacks)
+
+
+def test_the_step_before_a_region_is_computed_whatever_the_cache_wishes(run):
+    pipe = make_pipe()
+    regions, always = "change:share=0.4,every=3,from=0.7,to=0.2", "rate:threshold=1000,first=0.1"
+    with accelerate(pipe, "none", regions=regions, cache=always) as handle:
+        run(pipe, steps=16)
+        kinds, notes = handle.report().kinds, handle.report().fallbacks
+    first = kinds.index("region")
+    assert kinds[first - 1] == "dense" and "cached" in kinds[:first] and not notes
+
+
+def test_its_timeline_is_drawn(run, tmp_path):
+    pipe = make_pipe()
+    with accelerate(pipe, "none", regions=SOME, cache="rate:threshold=0.5") as handle:
+        with pytest.raises(ValueError, match="run the pipeline first"):
+            write_timeline(handle.report(), tmp_path / "none.png")
+        run(pipe, steps=8)
+        report = handle.report()
+        write_timeline(report, tmp_path / "timeline.png")
+    assert (tmp_path / "timeline.png").read_bytes().startswith(b"\x89PNG")
+    assert len(report.refreshed) == 48 and 0.3 <= min(report.refreshed) < max(report.refreshed) <= 1

@@ -44,16 +44,22 @@ class RegionSampling:
         if shared.get("step") != state.step:  # once for all branches
             self._look(shared, x, kinds)
         if kinds[state.step] == "region":
-            if "velocity" in self._velocity():
+            if self._velocity().get("keys"):
                 runtime.rows = shared["rows"]
             else:
                 runtime.record.notes["all tokens computed: there was no step before to keep the others of"] += 1
         computed = [kind for kind in kinds[state.step + 1 :] if kind != "cached"]
         runtime.keeps_keys = runtime.rows is None and kinds[state.step] != "cached" and computed[:1] == ["region"]
 
-    def leave(self) -> None:
-        """It has ended, well or not."""
-        self._runtime.rows, self._runtime.keeps_keys = None, False
+    def leave(self, reused: bool) -> None:
+        """It has ended, well or not; `reused`: a cache gave its output, so no token was computed."""
+        runtime = self._runtime
+        runtime.rows, runtime.keeps_keys = None, False
+        if reused and runtime.state.step is not None:
+            shared = runtime.memory(f"{self._name} regions", self._shapes, every_branch=True)
+            if not shared["reused"]:  # once for all branches
+                shared.update(age=shared["age before"] + 1, reused=True)
+                runtime.record.ages[runtime.state.step] = shared["age"]
 
     def _look(self, shared: dict[Any, Any], x: torch.Tensor, kinds: list[str]) -> None:
         """What the last step did to the tokens, and which of them this one computes."""
@@ -62,17 +68,18 @@ class RegionSampling:
         assert step is not None and grid is not None
         x = _channels_second(x)[:, : self._family.latent_channels(self._transformer)].float()
         age = shared.get("age", torch.zeros(x.shape[0], math.prod(grid), device=x.device))
-        if shared.get("step") == step - 1 and kinds[step - 1] != "cached":
+        if shared.get("step") == step - 1 and not shared["reused"]:
             velocity = (x - shared["x"]) / (state.sigmas[step] - state.sigmas[step - 1])
             found = importance(velocity, shared.get("velocity"), grid, focus)
             if focus == "change" and "importance" in shared:  # a token that was not computed kept its velocity
                 found = torch.where(age == 0, found, shared["importance"])
             shared.update(velocity=velocity, importance=found)
+        shared["age before"], shared["reused"] = age, False
         age = age + 1
         if kinds[step] == "region":
             shared["rows"] = self._choose(shared.get("importance", torch.ones_like(age)), age, grid)
             age = age.scatter(1, shared["rows"], 0.0)
-        elif kinds[step] != "cached":
+        else:
             age = torch.zeros_like(age)
         shared.update(x=x, step=step, age=age)
         self._runtime.record.ages[step] = age
@@ -106,6 +113,7 @@ class RegionSampling:
             out = memory["velocity"].scatter(1, index, out)
         if runtime.state.step is not None:
             memory["velocity"] = out
+            memory["keys"] = runtime.keeps_keys or runtime.rows is not None
             held = runtime.held(" keys") + runtime.held(" velocity")
             runtime.record.held["regions"] = max(runtime.record.held.get("regions", 0), held)
         return out

@@ -65,11 +65,13 @@ class StepCache:
         if self._passage is not None:
             self._passage.seen.modulation = modulation
 
-    def leave(self, output: Any) -> None:
-        """It has ended and gave `output`; None if it failed."""
+    def leave(self, output: Any) -> bool:
+        """It has ended and gave `output`; None if it failed. Whether that was reused."""
         passage, self._passage = self._passage, None
-        if passage is not None and output is not None:
-            passage.finish(output[0])
+        if passage is None or output is None:
+            return False
+        passage.finish(output[0])
+        return bool(passage.reused)
 
     def blocks(self, number: int, blocks: list[torch.nn.Module]) -> Iterator[Callable[..., Any]]:
         """What the running call is to walk over in place of the `number`-th list of blocks."""
@@ -122,7 +124,9 @@ class _Passage:
 
     def _decide(self) -> bool:
         cache, seen, memory = self.cache, self.seen, self._memory
-        if self._outside:
+        if (
+            self._outside or cache._runtime.keeps_keys
+        ):  # the next step takes a part of the tokens through this one's keys
             return False
         row = memory.get("in a row", 0)
         decider, caching = cache._decider, cache._caching

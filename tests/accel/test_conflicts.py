@@ -1,0 +1,115 @@
+"""Every rule of what does not go together: it applies where it should, names what was given, and changes nothing."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+
+from conftest import make_pipe, make_transformer
+from families import Family
+from pointillist import AccelerateError, Plan, accelerate
+from pointillist.accel.conflicts import CONFLICTS, inert
+from pointillist.accel.step_cache.policy import Caching
+
+
+def noisy():
+    return make_pipe(scheduler=FlowMatchEulerDiscreteScheduler(stochastic_sampling=True))
+
+
+def two_evaluations():
+    return make_pipe(scheduler=FlowMatchHeunDiscreteScheduler())
+
+
+def multistep():
+    return make_pipe(scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True))
+
+
+def half_loaded():
+    pipe = make_pipe()
+    pipe.register_to_config(boundary_ratio=0.9)
+    return pipe
+
+
+def flux():
+    return Family("flux").pipe
+
+
+SPARSE = Plan.uniform("pooled", 0.3, block=16)
+APPLYING = {
+    "regions of an unknown family": (flux, dict(plan="none", regions="easy"), "regions are not known for Flux"),
+    "a sampler with noise of its own": (noisy, dict(plan="none", regions="easy"), "adds noise of its own"),
+    "a sampler with two evaluations in a step": (two_evaluations, dict(plan="none", cache="easy"), "Heun"),
+    "a cache and noise of the sampler": (noisy, dict(plan="none", cache="easy"), "reusing them harms"),
+    "regions and a sampler of several steps": (multistep, dict(plan="none", regions="easy"), "UniPCMultistepScheduler"),
+    "a curve of another attention": (
+        make_pipe, dict(plan=SPARSE, cache="magnitude:curve=wan2.1-t2v-1.3b"), "calibrated on dense attention",
+    ),
+    "one transformer of two is missing": (half_loaded, dict(plan="none"), "only pipe.transformer is there"),
+}  # fmt: skip
+
+
+def test_every_rule_is_tried():
+    assert [rule.name for rule in CONFLICTS] == list(APPLYING)
+    assert {rule.verdict for rule in CONFLICTS} == {"refuse", "warn"}
+
+
+@pytest.mark.parametrize("rule", CONFLICTS, ids=lambda rule: rule.name)
+def test_a_rule_applies_where_it_should_and_nowhere_else(rule):
+    make, wish, sentence = APPLYING[rule.name]
+    pipe = make()
+    before = {name: set(vars(module)) for name, module in pipe.transformer.named_modules()}
+    if rule.verdict == "refuse":
+        with pytest.raises(AccelerateError, match=sentence):
+            accelerate(pipe, **wish)
+    else:
+        with accelerate(pipe, **wish) as handle:
+            assert any(sentence in note for note in handle.report().fallbacks)
+    assert {name: set(vars(module)) for name, module in pipe.transformer.named_modules()} == before
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in pipe.transformer.modules())
+    plain = dict(plan="none", **{name: value for name, value in wish.items() if name in ("cache", "regions")})
+    if rule.name != "a curve of another attention":  # of which dense attention is the cure
+        plain = dict(plan=SPARSE, cache="easy", regions="easy")
+    with accelerate(make_pipe(), **plain) as handle:
+        assert handle.report().fallbacks == []
+
+
+def test_a_pipeline_with_both_transformers_is_whole():
+    pipe = make_pipe(transformer_2=make_transformer())
+    pipe.register_to_config(boundary_ratio=0.9)
+    with accelerate(pipe, "none", cache="easy") as handle:
+        assert handle.report().fallbacks == []
+
+
+def test_few_steps_leave_nothing_to_reuse(run):
+    pipe = make_pipe()
+    with accelerate(pipe, "none", cache="rate:threshold=1000") as handle:
+        run(pipe, steps=4)
+        assert any("cache inert: of 4 steps" in note for note in handle.report().fallbacks)
+        run(pipe, steps=12)
+        report = handle.report()
+        assert report.steps["cached"] > 0 and not any("inert" in note for note in report.fallbacks)
+
+
+def test_what_a_schedule_reuses_is_never_inert():
+    setup = type("Setup", (), {"caching": Caching("schedule")})()
+    assert inert(setup, 4) == "" and inert(type("Setup", (), {"caching": None})(), 4) == ""
+
+
+def test_an_expert_that_takes_over_is_computed_first(run):
+    """Two transformers, one for noisy steps: what the first gave never serves the second."""
+    torch.manual_seed(torch.seed() % 2**31)
+    pipe = make_pipe(transformer_2=make_transformer())
+    pipe.register_to_config(boundary_ratio=0.8)
+    schedule = replace(Plan.uniform("dense", 1.0).schedule, computed=(1.0,))
+    plan = replace(Plan.uniform("dense", 1.0), schedule=schedule)
+    with accelerate(pipe, plan) as handle:
+        run(pipe, steps=10)
+        report, sigmas = handle.report(), handle.sigmas
+    computed = [step for step, kind in enumerate(report.kinds) if kind != "cached"]
+    assert len(computed) == 2 and computed[0] == 0
+    assert sigmas[computed[1]] < 0.8 <= sigmas[computed[1] - 1]
