@@ -12,10 +12,14 @@ if TYPE_CHECKING:
     from pointillist.accel.plan import Plan, PlanError
     from pointillist.pipelines.generate import generate
     from pointillist.pipelines.load import defaults, load_pipeline
+    from pointillist.pipelines.repaint import repaint
     from pointillist.pipelines.search import find_plan
 
 __version__ = "0.1.0"
-__all__ = ["AccelerateError", "Plan", "PlanError", "accelerate", "defaults", "find_plan", "generate", "load_pipeline"]
+__all__ = [
+    "AccelerateError", "Plan", "PlanError", "accelerate", "defaults", "find_plan", "generate", "load_pipeline",
+    "repaint",
+]  # fmt: skip
 
 _HOMES = {
     "AccelerateError": "pointillist.accel.conflicts",
@@ -26,6 +30,7 @@ _HOMES = {
     "find_plan": "pointillist.pipelines.search",
     "generate": "pointillist.pipelines.generate",
     "load_pipeline": "pointillist.pipelines.load",
+    "repaint": "pointillist.pipelines.repaint",
 }
 
 

@@ -157,9 +157,7 @@ class Acceleration:
         if not self._regions:
             raise AccelerateError("there are no region steps to compute tokens in; give accelerate(regions=…)")
         if tokens is not None and (tokens.dtype != torch.int64 or tokens.ndim != 1 or not len(tokens)):
-            raise AccelerateError(
-                f"tokens are {tokens.dtype} {list(tokens.shape)}; they must be int64 [n], at least one"
-            )
+            raise AccelerateError(f"tokens are {tokens.dtype} {list(tokens.shape)}; they must be int64 [n], not empty")
         for regions in self._regions.values():
             regions.fixed = tokens
 

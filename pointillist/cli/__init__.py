@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import typer
 
-from pointillist.cli import bench, compare, env, generate, plan, search
+from pointillist.cli import bench, compare, env, generate, plan, repaint, search
 
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # typer carries its own copy of click
 
@@ -19,6 +19,7 @@ app = typer.Typer(
     help="Make Diffusers video pipelines faster with sparse attention.",
 )
 app.command("generate")(generate.command)
+app.command("repaint")(repaint.command)
 app.command("compare")(compare.command)
 app.command("env")(env.command)
 app.add_typer(plan.app, name="plan")

@@ -60,6 +60,9 @@ def command(
         ),
     ] = "auto",
     compare: Annotated[bool, typer.Option("--compare", help="Also run dense with the same seed, and compare.")] = False,
+    keep: Annotated[
+        Path | None, typer.Option(help="FILE.safetensors: keep what repaint needs, so that it need not generate again.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, …")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     download: Annotated[bool, typer.Option("--download", help="Allow fetching a Hub id from the network.")] = False,
@@ -70,7 +73,7 @@ def command(
         prompt=prompt, output=output, model=model, negative_prompt=negative_prompt, steps=steps, seed=seed,
         width=width, height=height, frames=frames, guidance=guidance, shift=shift, fps=fps, speed=speed, plan=plan,
         pattern=pattern, density=density, options=tuple(option or ()), tail=tail, dense=dense, cache=cache,
-        regions=regions, compare=compare, device=device, dtype=dtype, download=download,
+        regions=regions, compare=compare, keep=keep, device=device, dtype=dtype, download=download,
     )  # fmt: skip
     quieten()
     _hint_at_words(request)
@@ -127,5 +130,12 @@ def _print_summary(result: GenerateResult) -> None:
         console.print(reason)
     if "psnr" in facts:
         console.print(f"against dense: PSNR {facts['psnr']:.2f} dB, SSIM {facts['ssim']:.4f}")
+    print_files(result)
+
+
+def print_files(result: GenerateResult) -> None:
+    """Where everything was written."""
     for name, path in result.files.items():
         print(f"{name}: {path}")
+    if "kept" in result.facts:
+        print(f"kept: {result.facts['kept']} ({result.facts['kept_bytes'] / 2**20:.1f} MiB)")

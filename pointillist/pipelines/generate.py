@@ -15,6 +15,7 @@ from pointillist.accel.plan import Plan, PlanError, Rule
 from pointillist.accel.regions.policy import Regions
 from pointillist.accel.schedule import Schedule
 from pointillist.accel.step_cache.policy import Caching
+from pointillist.pipelines.kept import Kept, check_kept_file, save_kept
 from pointillist.pipelines.video import Clip, check_format, check_output, write_clips
 
 SPEEDS = ("exact", "quality", "balanced", "fast")
@@ -68,6 +69,8 @@ class GenerateRequest:
     cache: str = "auto"
     regions: str = "auto"
     compare: bool = False
+    keep: Path | None = None
+    """A safetensors file for what `repaint` needs of this generation."""
     device: str | None = None
     dtype: str | None = None
     download: bool = False
@@ -78,6 +81,8 @@ class GenerateRequest:
         if self.steps is not None and not 1 <= self.steps <= 1000:
             raise ValueError(f"{self.steps} steps are not possible; allowed are 1 to 1000")
         check_format(self.output, self.fps)
+        if self.keep is not None:
+            check_kept_file(self.keep)
         if self.guidance is not None and not (math.isfinite(self.guidance) and self.guidance >= 0):
             raise ValueError(f"guidance {self.guidance} is not possible; it is a number from 0 (1 is off)")
         if self.shift is not None and not (math.isfinite(self.shift) and self.shift > 0):
@@ -161,7 +166,7 @@ def generate(request: GenerateRequest, progress: Progress = lambda event: None) 
     Raises:
         ValueError, AccelerateError, PlanError, ModelError, OutputError: one sentence on what was given and allowed.
     """
-    for path in request.files.values():
+    for path in [*request.files.values(), *filter(None, [request.keep])]:
         check_output(path)
     started = time.perf_counter()
     progress(Event("loading the model"))
@@ -171,12 +176,17 @@ def generate(request: GenerateRequest, progress: Progress = lambda event: None) 
 
     dense = run_once(pipe, "none", call, seed, progress, "dense", request.dense) if request.compare else None
     label = "accelerated" if request.compare else ""
-    fast = run_once(pipe, plan, call, seed, progress, label, request.dense, request.cache, request.regions)
+    keep = request.keep is not None
+    fast = run_once(pipe, plan, call, seed, progress, label, request.dense, request.cache, request.regions, keep)
     facts = describe(request, call, seed, fast, dense)
     facts["load_seconds"] = round(loaded, 3)
 
     progress(Event("writing"))
-    facts = _rounded(facts)
+    kept = None
+    if request.keep is not None:
+        kept = Kept.of(fast)
+        facts |= {"kept": str(request.keep.absolute()), "kept_bytes": kept.nbytes}
+    facts = rounded(facts)
     clips = {request.output: Clip(fast.frames, facts)}
     if dense is not None:
         plain = replace(
@@ -184,9 +194,11 @@ def generate(request: GenerateRequest, progress: Progress = lambda event: None) 
             regions="none",
         )  # fmt: skip
         apart = describe(replace(plain, output=request.files["dense"]), call, seed, dense, None)
-        clips[request.files["dense"]] = Clip(dense.frames, _rounded(apart))
+        clips[request.files["dense"]] = Clip(dense.frames, rounded(apart))
         clips[request.files["compare"]] = Clip(_side_by_side(dense.frames, fast.frames), facts)
     write_clips(clips, request.fps)
+    if request.keep is not None and kept is not None:
+        save_kept(request.keep, kept, facts)
     return GenerateResult(request.output, facts, request.files)
 
 
@@ -239,6 +251,10 @@ class Run:
     """float32 [F, H, W, 3] in [0, 1]."""
     seconds: float
     report: Any
+    velocities: tuple[Any, ...]
+    """What the scheduler was given in each step: tensors in the shape of the latents, on the CPU. None if not kept."""
+    sigmas: tuple[float, ...]
+    """Of all steps."""
 
 
 def run_once(
@@ -251,19 +267,16 @@ def run_once(
     dense: str = "auto",
     cache: str = "auto",
     regions: str = "auto",
+    keep: bool = False,
 ) -> Run:
     """Run under `plan`, after one untimed step that warms everything up.
 
     Raises:
         ModelError: the model made values that are not finite.
     """
-    import numpy as np
-    import torch
-
     from pointillist.accel.accelerate import accelerate
     from pointillist.accel.choose_plan import choose_plan
     from pointillist.accel.conflicts import targets_of
-    from pointillist.pipelines.load import ModelError
 
     prefix = f"{label}: " if label else ""
     chosen = choose_plan(plan, targets_of(pipe, sparse=plan != "none")).plan
@@ -272,22 +285,43 @@ def run_once(
         progress(Event(f"{prefix}warming up"))
         pipe(**{**call, "num_inference_steps": 1, "output_type": "latent"}, generator=_generator(seed))
     with accelerate(pipe, plan, cache=cache, regions=regions, dense=dense) as handle:
-        steps, started = call["num_inference_steps"], time.perf_counter()
-        progress(Event(f"{prefix}denoising", 0, steps))
+        return run_accelerated(pipe, handle, call, seed, progress, prefix, keep)
 
-        def after_step(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            progress(Event(f"{prefix}denoising", step + 1, steps, (time.perf_counter() - started) / (step + 1)))
-            if step + 1 == steps:
-                progress(Event(f"{prefix}decoding"))
-            return tensors
 
-        with torch.no_grad():
-            result = pipe(**call, generator=_generator(seed), output_type="np", callback_on_step_end=after_step)
-            frames = result.frames[0]
-        seconds = time.perf_counter() - started
+def run_accelerated(
+    pipe: Any, handle: Any, call: dict[str, Any], seed: int, progress: Progress, prefix: str, keep: bool
+) -> Run:
+    """Run the pipeline once, as the handle of its acceleration has been told to.
+
+    Args:
+        keep: velocities, which are of the size of the latents in every step.
+
+    Raises:
+        ModelError: the model made values that are not finite.
+    """
+    import numpy as np
+    import torch
+
+    from pointillist.pipelines.load import ModelError
+
+    steps, started = call["num_inference_steps"], time.perf_counter()
+    velocities: list[Any] = []
+    progress(Event(f"{prefix}denoising", 0, steps))
+
+    def after_step(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        progress(Event(f"{prefix}denoising", step + 1, steps, (time.perf_counter() - started) / (step + 1)))
+        if step + 1 == steps:
+            progress(Event(f"{prefix}decoding"))
+        return tensors
+
+    if keep:
+        handle.watch_velocities(lambda velocity: velocities.append(velocity.to("cpu", copy=True)))
+    with torch.no_grad():
+        result = pipe(**call, generator=_generator(seed), output_type="np", callback_on_step_end=after_step)
+    frames, seconds = result.frames[0], time.perf_counter() - started
     if not np.isfinite(frames).all():
         raise ModelError(f"the model made values that are not finite in {pipe.transformer.dtype}; try another --dtype")
-    return Run(frames, seconds, handle.report())
+    return Run(frames, seconds, handle.report(), tuple(velocities), handle.sigmas)
 
 
 def describe(request: GenerateRequest, call: dict[str, Any], seed: int, fast: Run, dense: Run | None) -> dict[str, Any]:
@@ -337,9 +371,10 @@ def _generator(seed: int) -> Any:
     return torch.Generator("cpu").manual_seed(seed)
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
+    """Nested facts as JSON has them, with four decimals."""
     if isinstance(value, dict):
-        return {key: _rounded(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [_rounded(each) for each in value]
+        return {key: rounded(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(each) for each in value]
     return round(value, 4) if isinstance(value, float) else value

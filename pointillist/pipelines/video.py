@@ -53,13 +53,18 @@ class Clip:
     settings: dict[str, Any]
 
 
+def to_pixels(frames: np.ndarray) -> np.ndarray:
+    """Float frames in [0, 1] as uint8, as they go into a file."""
+    return (frames.clip(0, 1) * 255).round().astype(np.uint8)
+
+
 def write_clips(clips: dict[Path, Clip], fps: int) -> None:
     """Write all of them whole, or none: to temporary files beside them first, which are then renamed."""
     temporaries: dict[Path, Path] = {}
     path = Path()
     try:
         for path, clip in clips.items():
-            pixels = (clip.frames.clip(0, 1) * 255).round().astype(np.uint8)
+            pixels = to_pixels(clip.frames)
             comment = json.dumps(clip.settings, allow_nan=False)
             handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix.lower())
             os.close(handle)

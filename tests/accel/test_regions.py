@@ -63,7 +63,7 @@ def test_a_region_step_is_the_definition():
     dense_q, new_k, new_v = captured[1]
     _, old_k, old_v = captured[0]
     with accelerate(pipe, "none", regions="change:share=0.1,max_age=10,from=1,every=2") as handle:
-        handle._regions["transformer"].fixed = rows
+        handle.compute_only(rows)
         inner = pipe.transformer.blocks[0].attn1
         found = []
         hook = inner.to_out[0].register_forward_pre_hook(lambda module, args: found.append(args[0]))
@@ -81,6 +81,44 @@ def test_a_region_step_is_the_definition():
     patches = [x.unfold(3, 2, 2).unfold(4, 2, 2).permute(0, 2, 3, 4, 1, 5, 6).reshape(48, -1) for x in (first, second)]
     same = (patches[0] == patches[1]).all(1)
     assert not same[rows].any() and same.sum() == 48 - len(rows)
+
+
+def test_tokens_to_compute_are_checked(pipe, run):
+    with accelerate(pipe, "none") as handle, pytest.raises(AccelerateError, match="there are no region steps"):
+        handle.compute_only(torch.tensor([1]))
+    with accelerate(pipe, "none", regions=SOME) as handle:
+        for wrong in (torch.tensor([1.5]), torch.tensor([[1]]), torch.tensor([], dtype=torch.int64)):
+            with pytest.raises(AccelerateError, match=r"they must be int64 \[n\], not empty"):
+                handle.compute_only(wrong)
+        handle.compute_only(torch.tensor([3, 48]))
+        with pytest.raises(ValueError, match="tokens 3 to 48 are not all of this grid; it has those from 0 to 47"):
+            run(pipe)
+        handle.compute_only(None)
+        run(pipe)
+
+
+def test_a_second_transformer_starts_with_keys_of_its_own(run):
+    """The change between two transformers in the middle of region steps: all tokens once, then a part again."""
+    pipe = make_pipe(transformer_2=make_transformer(), boundary_ratio=0.7)
+    with accelerate(pipe, "none", regions="change:share=0.4,every=9,from=1") as handle:
+        run(pipe, steps=8)
+        assert any("no step before" in note for note in handle.report().fallbacks)
+        assert len(handle.report().ages[7]) > 1
+
+
+def test_velocities_are_those_of_the_scheduler(pipe, run):
+    velocities = []
+    with accelerate(pipe, "none") as handle:
+        handle.watch_velocities(lambda velocity: velocities.append(velocity.clone()))
+        latents = run(pipe, seed=5)
+        sigmas = [*handle.sigmas, 0.0]
+    x = torch.randn(latents.shape, generator=torch.Generator().manual_seed(5))
+    for velocity, here, there in zip(velocities, sigmas, sigmas[1:], strict=False):
+        x = x + (there - here) * velocity
+    assert len(velocities) == 4
+    torch.testing.assert_close(x, latents, atol=1e-5, rtol=1e-5)
+    run(pipe)
+    assert len(velocities) == 4
 
 
 def test_branches_and_batch_entries_keep_to_themselves():

@@ -42,6 +42,21 @@ def test_generate_compare_json(tiny_folder, tmp_path, capsys):
     assert len(decoded["psnr_per_frame"]) == 9 and decoded["identical"] is False
 
 
+def test_repaint_json_and_summary(tiny_folder, tmp_path, capsys):
+    clip, kept, new = tmp_path / "clip.gif", tmp_path / "clip.safetensors", tmp_path / "new.gif"
+    arguments = ["generate", "a red circle", "--model", str(tiny_folder), "--output", str(clip), *SMALL]
+    assert cli([*arguments, "--keep", str(kept)]) == 0
+    assert f"kept: {kept}" in capsys.readouterr().out
+    arguments = ["repaint", str(clip), "--mask", "0,0,96,80", "--prompt", "black", "--output", str(new)]
+    assert cli([*arguments, "--kept", str(kept), "--json"]) == 0
+    facts = answer(capsys)
+    assert facts["psnr_outside"] == 100.0 and facts["steps_run"] == {"kept": 1, "all": 1, "masked": 2}
+    assert set(facts["seconds"]) == {"total", "again", "denoise", "attention"} and read_settings(new) == facts
+    assert facts["tokens_masked"] / facts["tokens"] == pytest.approx(facts["area"], rel=0.01)
+    assert cli(arguments) == 0
+    assert "outside the mask: PSNR 100.0 dB" in capsys.readouterr().out
+
+
 def test_exact_speed_is_dense_and_repeatable(tiny_folder, tmp_path, capsys):
     arguments = ["generate", "a red circle", "--model", str(tiny_folder), *SMALL]
     assert cli([*arguments, "--output", str(tmp_path / "a.gif"), "--speed", "exact", "--compare", "--json"]) == 0
@@ -118,6 +133,10 @@ def test_broken_model_folders_are_told(tmp_path, capsys, index):
         (["generate", "a", "--pattern", "pooled", "--option", "colour=1"], 2, "no option 'colour'"),
         (["generate", "a", "--device", "gpu"], 1, "'gpu' is unknown; allowed are cpu"),
         (["generate", "a", "--device", "meta"], 1, "'meta' is not available here"),
+        (["generate", "a", "--keep", "clip.pt"], 2, "must end in .safetensors"),
+        (["repaint", "a.mp4", "--mask", "0,0,9,9", "--prompt", "a"], 1, "there is no file 'a.mp4'"),
+        (["repaint", "a.mp4", "--mask", "0,0,9,9", "--prompt", "a", "--strength", "2"], 2, "above 0 and at most 1"),
+        (["repaint", "a.mp4", "--mask", "0,0,9,9"], 2, "Missing option '--prompt'"),
         (["compare", "a.mp4", "b.mp4"], 1, "there is no file 'a.mp4'"),
         (["plan", "validate", "missing"], 1, "missing"),
     ],
