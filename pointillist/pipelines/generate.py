@@ -14,6 +14,7 @@ from pointillist.accel.patterns import pattern_class
 from pointillist.accel.plan import Plan, PlanError, Rule
 from pointillist.accel.schedule import Schedule
 from pointillist.accel.step_cache.policy import Caching
+from pointillist.accel.step_cache.table import CacheTable, is_table
 from pointillist.pipelines.video import Clip, check_format, check_output, write_clips
 
 SPEEDS = ("exact", "quality", "balanced", "fast")
@@ -86,7 +87,9 @@ class GenerateRequest:
                 self.uniform_plan(steps=1)
             except PlanError as error:
                 raise ValueError(str(error)) from error
-        if self.cache not in ("auto", "none"):
+        if self.cache.startswith("table:"):
+            CacheTable.load(self.cache.removeprefix("table:"))
+        elif self.cache not in ("auto", "none") and not is_table(self.cache):
             Caching.parse(self.cache)
         if self.speed == "exact" and self.cache not in ("auto", "none"):
             raise ValueError("--speed exact reuses nothing, so it cannot stand beside --cache; leave one of them out")
