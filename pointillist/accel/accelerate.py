@@ -291,9 +291,7 @@ def _caches(choice: Choice, runtime: Runtime, targets: tuple[Target, ...]) -> di
         raise AccelerateError(str(error)) from error
 
 
-def _tables(
-    choice: Choice, runtime: Runtime, targets: tuple[Target, ...], pipe: Any
-) -> dict[str, ModuleCache]:
+def _tables(choice: Choice, runtime: Runtime, targets: tuple[Target, ...], pipe: Any) -> dict[str, ModuleCache]:
     """By component name. Raises AccelerateError where a model is not the table's."""
     if choice.table is None:
         return {}

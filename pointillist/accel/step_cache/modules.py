@@ -49,9 +49,7 @@ class ModuleCache:
         record.modules = (computed + self._computed, reused + self._reused)
         record.held["step cache"] = max(record.held.get("step cache", 0), self._runtime.held(" cache"))
 
-    def _call(
-        self, layer: int, kind: str, place: str, original: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> Any:
+    def _call(self, layer: int, kind: str, place: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """In place of a module's forward pass."""
         state = self._runtime.state
         if state.step is None:
