@@ -1,10 +1,10 @@
 """Learning a `CacheTable` (HarmoniCa, arXiv 2410.01723): which modules are worth computing in which steps.
 
 A router holds a logit for every step, layer and module; r = sigmoid(logit), and a table computes where r > 0.1. It is
-trained along the pipeline's own trajectories, from noise and prompts alone (step-wise denoising training): at every step
-a teacher, in which everything is computed, and a student, whose modules give (1 − r)·kept + r·fresh, see the same
-latents, and the sampler goes on with the student's output. So the router meets the errors that its own reuse has summed
-up. After each step the logits of that step are changed by
+trained along the pipeline's own trajectories, from noise and prompts alone (step-wise denoising training): at every
+step a teacher, in which everything is computed, and a student, whose modules give (1 − r)·kept + r·fresh, see the same
+latents, and the sampler goes on with the student's output. So the router meets the errors that its own reuse has
+summed up. After each step the logits of that step are changed by
 
     λ_t · mean((student − teacher)²) + β · Σ r        of the guided outputs
 
@@ -37,7 +37,7 @@ THRESHOLD = 0.1
 LIMIT = 5.0
 """Of the logits' sizes."""
 LEAST_WEIGHT = 0.1
-"""Of λ: where a table reuses nothing at a step the proxy says 0, and everything would be given away there."""
+"""Of λ."""
 GAIN = 0.25
 """How fast β follows the share of reused modules: in its logarithm, per trajectory and unit of share."""
 VERSION = 1
@@ -157,7 +157,7 @@ class Router:
         fresh = cls.begin(learning, layers)
         try:
             with safe_open(path, "pt") as file:
-                facts, found = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                facts, found = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
         except (OSError, SafetensorError, ValueError) as error:
             raise SearchError(f"{path} is no checkpoint: {error}; delete it to begin anew") from error
         if facts.get("learning") != learning.to_json():
@@ -208,7 +208,7 @@ def learn_table(
         progress("learning the cache table", router.iteration, learning.iterations)
         if router.iteration and router.iteration % learning.renew == 0:
             table = router.table(None, made_for, name)
-            router.weights = _image_errors(pipe, learning, table, *_draw(learning, router.generator))
+            router.weights = _image_errors(pipe, learning, table, router.weights, *_draw(learning, router.generator))
         slopes = _Trajectory(learning, router, targets).run(pipe)
         _steer(learning, router, slopes)
         router.iteration += 1
@@ -233,8 +233,14 @@ def _steer(learning: Learning, router: Router, slopes: torch.Tensor) -> None:
         router.beta *= math.exp(GAIN * (learning.share - router.share))
 
 
-def _image_errors(pipe: Any, learning: Learning, table: CacheTable, prompt: str, seed: int) -> torch.Tensor:
-    """λ [steps], mean 1: how much the latents change if nothing is reused at one step (without gradients)."""
+def _image_errors(
+    pipe: Any, learning: Learning, table: CacheTable, before: torch.Tensor, prompt: str, seed: int
+) -> torch.Tensor:
+    """λ [steps], mean 1: how much the latents change if nothing is reused at one step (without gradients).
+
+    Of steps where the table reuses nothing anyway the proxy knows nothing: they keep what they had `before`. With the
+    paper's 0 there, all of their modules would be given away before it is measured again.
+    """
 
     def latents(table: CacheTable) -> torch.Tensor:
         with accelerate(pipe, "none", cache=table):
@@ -247,8 +253,9 @@ def _image_errors(pipe: Any, learning: Learning, table: CacheTable, prompt: str,
             reference = latents(table) if reference is None else reference
             errors[step] = float((latents(whole) - reference).double().square().sum())
     if not errors.any():
-        return torch.ones(learning.steps)
-    return (errors / errors[1:].mean()).clamp_(min=LEAST_WEIGHT)
+        return before
+    relative = errors / errors[errors > 0].mean()
+    return torch.where(errors > 0, relative.clamp(min=LEAST_WEIGHT), before)
 
 
 def computed_at(table: CacheTable, step: int) -> CacheTable:
