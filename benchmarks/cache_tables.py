@@ -2,8 +2,8 @@
 
     python benchmarks/cache_tables.py [--table FILE.json] [--prompts 2 --size 176] [--folder DIR]
 
-Every clip is compared with the dense one of the same prompt and seed. Clips are kept in the folder, if one is given, and
-are not made again. Writes the result after every clip.
+Every clip is compared with the dense one of the same prompt and seed. Clips are kept in the folder, if one is given,
+and are not made again. Writes the result after every clip.
 """
 
 import argparse

@@ -91,6 +91,8 @@ def find_cache_table(
     beta: float | None = None,
     iterations: int = 200,
     rate: float = 0.05,
+    renew: int = 20,
+    spread: float = 1.0,
     checkpoint: str | os.PathLike[str] | None = None,
     name: str = "learned",
     progress: Progress = lambda phase, done, of: None,
@@ -105,6 +107,8 @@ def find_cache_table(
         beta: what a computed module costs, as in HarmoniCa; then share must be None.
         iterations: clips that are made, each two to four times as much work as a dense one.
         rate: of learning; greater for few iterations.
+        renew: after so many iterations it is measured anew which steps matter, at the price of a clip for each step.
+        spread: standard deviation of the first logits; less for few iterations.
         checkpoint: a safetensors file, from which an interrupted run goes on.
         call: arguments of the pipeline in place of its defaults, such as height or num_frames. Small clips do.
 
@@ -118,7 +122,7 @@ def find_cache_table(
     check_prompts(prompts)
     call = {**defaults(pipe), **{key: value for key, value in call.items() if value is not None}}
     check_size(pipe, call["width"], call["height"], call["num_frames"])
-    learning = Learning(prompts, call, iterations, share, beta, rate)
+    learning = Learning(prompts, call, iterations, share, beta, rate, renew, spread)
     return learn_table(pipe, learning, None if checkpoint is None else Path(checkpoint), progress, name)
 
 

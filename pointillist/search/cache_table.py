@@ -38,7 +38,7 @@ LIMIT = 5.0
 """Of the logits' sizes."""
 LEAST_WEIGHT = 0.1
 """Of λ."""
-GAIN = 0.25
+GAIN = 0.5
 """How fast β follows the share of reused modules: in its logarithm, per trajectory and unit of share."""
 VERSION = 1
 Progress = Callable[[str, int, int], None]

@@ -1,5 +1,6 @@
 """Cache tables in real, tiny pipelines, against their definition and Diffusers' own."""
 
+import contextlib
 import json
 from dataclasses import replace
 
@@ -191,7 +192,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
         accelerate(other.pipe, "none", cache="table:nowhere.json")
     with pytest.raises(AccelerateError, match="take one away"):
         accelerate(other.pipe, "none", cache=CacheTable.every(8, 2, 2), regions="easy")
-    with pytest.raises(AccelerateError, match="FluxSingleTransformerBlock.*fused"):
+    with pytest.raises(AccelerateError, match=r"FluxSingleTransformerBlock.*fused"):
         accelerate(Family("flux").pipe, "none", cache=CacheTable.every(8, 5, 2))
 
 
@@ -222,6 +223,14 @@ def test_files(tmp_path):
     assert CacheTable.from_json(plain.to_json()) == plain
 
 
+def read(text: str) -> CacheTable | None:
+    """None where it is refused."""
+    try:
+        return CacheTable.from_json(text)
+    except CacheTableError:
+        return None
+
+
 VALUES = json.loads(random_table(3, 2, made_for=MADE_FOR).to_json())
 WRONG = st.one_of(
     st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), st.lists(st.text("012", max_size=3)),
@@ -233,23 +242,15 @@ WRONG = st.one_of(
 @given(st.sampled_from(sorted(VALUES)), WRONG)
 def test_wrong_values_are_told(name, value):
     """A changed field gives another valid table or an error, and never anything else."""
-    try:
-        table = CacheTable.from_json(json.dumps({**VALUES, name: value}))
-    except CacheTableError as error:
-        assert str(error)
-    else:
-        assert CacheTable.from_json(table.to_json()) == table and table.attention[0] == "11"
+    table = read(json.dumps({**VALUES, name: value}))
+    assert table is None or (CacheTable.from_json(table.to_json()) == table and table.attention[0] == "11")
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.sampled_from(sorted(VALUES["made_for"])), WRONG)
 def test_wrong_values_of_what_it_is_made_for_are_told(name, value):
-    try:
-        table = CacheTable.from_json(json.dumps({**VALUES, "made_for": {**VALUES["made_for"], name: value}}))
-    except CacheTableError as error:
-        assert str(error)
-    else:
-        assert CacheTable.from_json(table.to_json()) == table
+    table = read(json.dumps({**VALUES, "made_for": {**VALUES["made_for"], name: value}}))
+    assert table is None or CacheTable.from_json(table.to_json()) == table
 
 
 @settings(max_examples=30, deadline=None)
@@ -259,10 +260,8 @@ def test_any_bytes_give_a_table_or_an_error(tmp_path_factory, noise, cut):
     whole = json.dumps(VALUES).encode()
     for data in (noise, whole[:cut], whole[:cut] + noise, b"[" * 100_000):
         path.write_bytes(data)
-        try:
+        with contextlib.suppress(CacheTableError):
             assert CacheTable.load(path) == CacheTable.from_json(data.decode())
-        except CacheTableError as error:
-            assert "cannot be read as a cache table" in str(error)
 
 
 def test_regions_are_not_mixed_in():

@@ -84,7 +84,7 @@ def test_a_checkpoint_of_something_else_is_refused(pipe, tmp_path):
     with pytest.raises(SearchError, match="other options"):
         learn_table(pipe, replace(LEARNING, iterations=2, share=0.3), path)
     with safe_open(path, "pt") as file:
-        facts, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        facts, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
     save_file({**tensors, "logits": torch.zeros(3, 3)}, path, facts)
     with pytest.raises(SearchError, match="no checkpoint of this model"):
         learn_table(pipe, replace(LEARNING, iterations=2), path)

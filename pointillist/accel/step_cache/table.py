@@ -192,8 +192,8 @@ class CacheTable:
             if table.made_for is not None and table.made_for.model == model:
                 return table
         raise CacheTableError(
-            f"no cache table is shipped for this model ({model}); `pointillist search --cache-table --output FILE.json` "
-            "learns one, and cache='table:FILE.json' takes it"
+            f"no cache table is shipped for this model ({model}); `pointillist search --cache-table --output "
+            "FILE.json` learns one, and cache='table:FILE.json' takes it"
         )
 
     def __str__(self) -> str:
