@@ -115,11 +115,13 @@ def _learn(
     from pointillist.cli.generate import quieten
     from pointillist.pipelines.load import load_pipeline
     from pointillist.pipelines.search import find_cache_table, read_prompts
+    from pointillist.search.cache_table import Learning
 
     chosen = {name: value for name, value in how.items() if value is not None}
     if "beta" in chosen:
         chosen.setdefault("share", None)
     texts = None if prompts is None else read_prompts(prompts)
+    Learning(("",), {}, **chosen)  # what is wrong is told before a model is loaded
     kind = getattr(torch, load["dtype"]) if load["dtype"] else None
     quieten()
     with show_progress(Console(stderr=True)) as show:
