@@ -264,11 +264,12 @@ def attention_and_mlp(transformer: torch.nn.Module) -> list[dict[str, list[torch
     Raises:
         ValueError: the blocks are not known, or one has no such modules of its own.
     """
-    kind, layers = type(transformer).__name__, []
+    kind = type(transformer).__name__
+    layers: list[dict[str, list[torch.nn.Module]]] = []
     for block in (block for blocks in block_lists(transformer).values() for block in blocks):
         children = list(block.children())
-        attentions = [each for each in children if isinstance(each, _ATTENTION_CLASSES)]
-        mlps = [each for each in children if isinstance(each, _FEEDFORWARD_CLASSES)]
+        attentions: list[torch.nn.Module] = [each for each in children if isinstance(each, _ATTENTION_CLASSES)]
+        mlps: list[torch.nn.Module] = [each for each in children if isinstance(each, _FEEDFORWARD_CLASSES)]
         if not attentions or not mlps:
             raise ValueError(
                 f"a {type(block).__name__} of {kind} has attention and feed-forward network fused, so a cache table "

@@ -105,7 +105,7 @@ def _learn(
     model: str,
     prompts: Path | None,
     how: dict[str, Any],
-    size: dict[str, int | None],
+    size: dict[str, Any],
     load: dict[str, Any],
     as_json: bool,
 ) -> None:

@@ -260,9 +260,11 @@ def _image_errors(
 
 def computed_at(table: CacheTable, step: int) -> CacheTable:
     """The same table, but for one step, in which everything is computed."""
-    whole = "1" * table.layers
-    rows = {kind: (*getattr(table, kind)[:step], whole, *getattr(table, kind)[step + 1 :]) for kind in KINDS}
-    return replace(table, **rows)
+
+    def rows(of: tuple[str, ...]) -> tuple[str, ...]:
+        return *of[:step], "1" * table.layers, *of[step + 1 :]
+
+    return replace(table, attention=rows(table.attention), mlp=rows(table.mlp))
 
 
 def generated(pipe: Any, learning: Learning, prompt: str, seed: int, **more: Any) -> torch.Tensor:
