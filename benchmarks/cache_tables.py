@@ -16,12 +16,12 @@ import numpy as np
 import torch
 
 from pointillist import defaults, load_pipeline
-from pointillist.accel.models import wan
 from pointillist.accel.step_cache.table import CacheTable
 from pointillist.hardware import detect
 from pointillist.metrics import compare
 from pointillist.pipelines.generate import run_once
 
+RESULTS = Path(__file__).parent / "results"
 PROMPTS = ("a red circle moving left on black", "a green square moving right on gray")
 
 
@@ -36,12 +36,12 @@ def tables(learned: CacheTable) -> dict[str, CacheTable | str]:
 
 
 def clip(pipe: Any, cache: CacheTable | str, call: dict[str, Any], seed: int, kept: Path | None) -> dict[str, Any]:
-    """Frames, seconds of denoising, and what the report says of the cache."""
+    """Frames, and what the report says of the cache."""
     if kept is not None and kept.exists():
         with np.load(kept, allow_pickle=False) as file:
-            return {"frames": file["frames"], "seconds": float(file["seconds"]), "cache": str(file["cache"])}
+            return {"frames": file["frames"], "cache": str(file["cache"])}
     run = run_once(pipe, "none", call, seed, lambda event: None, "", cache=cache)  # type: ignore[arg-type]
-    made = {"frames": run.frames, "seconds": run.report.denoise_seconds, "cache": run.report.cache}
+    made = {"frames": run.frames, "cache": run.report.cache}
     if kept is not None:
         np.savez(kept, **made)
     return made
@@ -49,7 +49,7 @@ def clip(pipe: Any, cache: CacheTable | str, call: dict[str, Any], seed: int, ke
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", type=Path, help="by default the shipped one")
+    parser.add_argument("--table", type=Path, default=RESULTS / "cache_table_embedded.json")
     parser.add_argument("--only", help="one of what is compared, beside dense")
     parser.add_argument("--prompts", type=int, default=len(PROMPTS))
     parser.add_argument("--size", type=int, help="pixels; by default the model's own size")
@@ -60,8 +60,8 @@ def main() -> None:
     call = defaults(pipe)
     if args.size:
         call |= {"width": args.size, "height": args.size}
-    learned = CacheTable.load(args.table) if args.table else CacheTable.shipped(wan.fingerprint(pipe.transformer))
-    output = args.output or Path(__file__).parent / "results" / "cache_tables_cpu.json"
+    learned = CacheTable.load(args.table)
+    output = args.output or RESULTS / "cache_tables_cpu.json"
     chosen = {name: each for name, each in tables(learned).items() if args.only in (None, name) or name == "dense"}
     clips: list[dict[str, Any]] = []
     for seed, prompt in enumerate(PROMPTS[: args.prompts]):
@@ -76,7 +76,6 @@ def main() -> None:
                 "prompt": prompt, "seed": seed, "table": name, "cache": made["cache"],
                 "modules reused": table.share if isinstance(table, CacheTable) else 0.0,
                 "psnr": round(difference.psnr, 3), "ssim": round(difference.ssim, 4),
-                "denoise seconds": round(made["seconds"], 2),
             })  # fmt: skip
             result = {
                 "machine": detect(), "torch": torch.__version__, "threads": torch.get_num_threads(),
