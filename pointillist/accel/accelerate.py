@@ -30,8 +30,10 @@ from pointillist.accel.regions.rows import RegionSampling
 from pointillist.accel.report import Record, Report, make_report
 from pointillist.accel.run_state import watch_branches, watch_generations, wrap
 from pointillist.accel.site import Observer, Runtime, Site
+from pointillist.accel.step_cache.modules import ModuleCache
 from pointillist.accel.step_cache.policy import Caching, CachingError
 from pointillist.accel.step_cache.stack import StepCache
+from pointillist.accel.step_cache.table import CacheTable, MadeFor, shift_of
 from pointillist.accel.tiles import Grid
 from pointillist.accel.timing import now
 from pointillist.accel.trained import check_keys, load_weights, watch_hidden_states, weights_of
@@ -42,7 +44,7 @@ Interceptor = Callable[[str, str, int | None, Callable[[], Any]], Any]
 def accelerate(
     pipe: Any,
     plan: Plan | str | os.PathLike[str] = "auto",
-    cache: Caching | str | None = "auto",
+    cache: Caching | CacheTable | str | None = "auto",
     regions: Regions | str | None = "auto",
     backend: str = "auto",
     dense: str = "auto",
@@ -55,7 +57,8 @@ def accelerate(
         plan: `auto`, `none` (nothing changes, only measured), a `Plan`, the path of a plan file, or `quality`,
             `balanced` or `fast`, which `auto` is.
         cache: `auto` (what the plan says), `none`, `easy` (needs no plan and no calibration), a `Caching`, or one in
-            words, like `first_block:threshold=0.1,predictor=taylor`.
+            words, like `first_block:threshold=0.1,predictor=taylor`. A `CacheTable` reuses modules in place of steps:
+            `table:FILE` is one in a file, and `table` the one that is shipped for the model.
         regions: `auto` (what the plan says), `none`, `easy` (two of three steps compute 30 % of the tokens), a
             `Regions`, or one in words, like `change:share=0.25,every=4`.
         backend: of sparse calls: `auto`, or a name from `pointillist.kernels.available_backends`.
@@ -73,8 +76,8 @@ def accelerate(
     """
     targets = targets_of(pipe, sparse=plan != "none")
     check_arguments(pipe, backend, dense)
-    choice = with_caching(with_regions(choose_plan(plan, targets), regions), cache)
-    setup = Setup(pipe, targets, choice.plan, choice.caching)
+    choice = with_caching(with_regions(choose_plan(plan, targets), regions), cache, targets)
+    setup = Setup(pipe, targets, choice.plan, choice.caching, choice.table)
     warnings = check_setup(setup)
     return Acceleration(setup, warnings, choice, backend, dense, _weights(weights, targets))
 
@@ -103,6 +106,7 @@ class Acceleration:
             self._watch_scheduler()
             undo.callback(lambda: self._unwatch_scheduler())
             self._caches = _caches(choice, self._runtime, self._targets)
+            self._tables = _tables(choice, self._runtime, self._targets, self._pipe)
             self._regions = _regions(choice, self._runtime, self._targets)
             for target in self._targets:
                 self._install(target, undo)
@@ -186,6 +190,7 @@ class Acceleration:
     def _install(self, target: Target, undo: ExitStack) -> None:
         state, family, transformer = self._runtime.state, target.family, target.transformer
         plan, cache, regions = self._choice.plan, self._caches.get(target.name), self._regions.get(target.name)
+        table = self._tables.get(target.name)
 
         @torch.compiler.disable
         def entered(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -198,10 +203,14 @@ class Acceleration:
                 regions.enter(hidden_states)
             if cache is not None:
                 cache.enter(hidden_states)
+            if table is not None:
+                table.enter()
 
         @torch.compiler.disable
         def left(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
             reused = cache is not None and cache.leave(output)
+            if table is not None:
+                table.leave(failed=output is None)
             if regions is not None:
                 regions.leave(reused)
             state.leave()
@@ -212,6 +221,8 @@ class Acceleration:
         if cache is not None:
             undo.callback(cache.install())
             undo.callback(family.watch_modulation(transformer, cache.modulated))
+        if table is not None:
+            undo.callback(table.install())
         undo.callback(transformer.register_forward_pre_hook(entered, with_kwargs=True).remove)
         undo.callback(transformer.register_forward_hook(left, always_call=True).remove)
         sites: dict[torch.nn.Module, Site] = {}
@@ -244,11 +255,14 @@ class Acceleration:
     def _generation_began(self, scheduler: Any) -> None:
         self._runtime.state.begin_generation(scheduler)
         self._runtime.forget()
+        _check_table(self._choice, self._targets, self._pipe, len(self._runtime.state.sigmas))
         self._runtime.record = self._new_record()
 
     def _new_record(self) -> Record:
-        record = Record(caching="" if self._choice.caching is None else str(self._choice.caching))
+        record = Record(caching=str(self._choice.caching or self._choice.table or ""))
         record.warnings.extend(self._warnings)
+        if self._choice.table is not None:
+            record.warnings.extend(self._choice.table.doubts(_here(self._choice, self._targets[0], self._pipe)))
         steps = len(self._runtime.state.sigmas)
         if steps and (why := inert(self._setup, steps)):
             record.warnings.append(why)
@@ -294,6 +308,40 @@ def _caches(choice: Choice, runtime: Runtime, targets: tuple[Target, ...]) -> di
         }
     except CachingError as error:
         raise AccelerateError(str(error)) from error
+
+
+def _tables(choice: Choice, runtime: Runtime, targets: tuple[Target, ...], pipe: Any) -> dict[str, ModuleCache]:
+    """By component name. Raises AccelerateError where a model is not the table's."""
+    if choice.table is None:
+        return {}
+    _check_table(choice, targets, pipe)
+    return {
+        each.name: ModuleCache(choice.table, runtime, each.name, each.family.modules(each.transformer))
+        for each in targets
+    }
+
+
+def _check_table(choice: Choice, targets: tuple[Target, ...], pipe: Any, steps: int | None = None) -> None:
+    """Raises AccelerateError for a table of another model, scheduler or, once it is known, number of steps."""
+    if choice.table is None:
+        return
+    try:
+        for target in targets:
+            layers = len(target.family.modules(target.transformer))
+            choice.table.check_fits(_here(choice, target, pipe), layers, steps)
+    except ValueError as error:
+        raise AccelerateError(str(error)) from error
+
+
+def _here(choice: Choice, target: Target, pipe: Any) -> MadeFor:
+    """What a table would have to be made for."""
+    return MadeFor(
+        model=target.family.fingerprint(target.transformer),
+        scheduler=type(pipe.scheduler).__name__,
+        shift=shift_of(pipe.scheduler),
+        guided=getattr(pipe, "do_classifier_free_guidance", None) if hasattr(pipe, "_guidance_scale") else None,
+        plan="none" if choice.plan is None else choice.plan.name,
+    )
 
 
 def _regions(choice: Choice, runtime: Runtime, targets: tuple[Target, ...]) -> dict[str, RegionSampling]:

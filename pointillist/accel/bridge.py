@@ -16,7 +16,11 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from diffusers.hooks._common import _ALL_TRANSFORMER_BLOCK_IDENTIFIERS
+from diffusers.hooks._common import (
+    _ALL_TRANSFORMER_BLOCK_IDENTIFIERS,
+    _ATTENTION_CLASSES,
+    _FEEDFORWARD_CLASSES,
+)
 from diffusers.hooks._helpers import TransformerBlockRegistry
 from diffusers.models.attention_dispatch import (
     AttentionBackendName,
@@ -250,6 +254,32 @@ def block_lists(transformer: torch.nn.Module) -> dict[str, torch.nn.ModuleList]:
     except ValueError:
         return {}
     return lists
+
+
+def attention_and_mlp(transformer: torch.nn.Module) -> list[dict[str, list[torch.nn.Module]]]:
+    """Of every block, in the order of the forward pass: its self-attention, and its feed-forward networks.
+
+    Of several attentions in a block, the first is the one over its own tokens.
+
+    Raises:
+        ValueError: the blocks are not known, or one has no such modules of its own.
+    """
+    kind = type(transformer).__name__
+    layers: list[dict[str, list[torch.nn.Module]]] = []
+    for block in (block for blocks in block_lists(transformer).values() for block in blocks):
+        children = list(block.children())
+        attentions: list[torch.nn.Module] = [each for each in children if isinstance(each, _ATTENTION_CLASSES)]
+        mlps: list[torch.nn.Module] = [each for each in children if isinstance(each, _FEEDFORWARD_CLASSES)]
+        if not attentions or not mlps:
+            raise ValueError(
+                f"a {type(block).__name__} of {kind} has attention and feed-forward network fused, so a cache table "
+                "cannot tell them apart; cache='easy' reuses whole steps"
+            )
+        own = [each for each in attentions if not getattr(each, "is_cross_attention", False)] or attentions
+        layers.append({"attention": own[:1], "mlp": mlps})
+    if not layers:
+        raise ValueError(f"the blocks of {kind} are not known to Diffusers; cache='easy' reuses whole steps")
+    return layers
 
 
 def output_like(transformer: torch.nn.Module, sample: torch.Tensor, as_object: bool) -> Any:

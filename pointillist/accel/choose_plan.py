@@ -9,6 +9,7 @@ from pointillist.accel.conflicts import AccelerateError, Target
 from pointillist.accel.plan import Plan, PlanError, Table
 from pointillist.accel.regions.policy import EASY, Regions, RegionsError
 from pointillist.accel.step_cache.policy import Caching, CachingError
+from pointillist.accel.step_cache.table import CacheTable, CacheTableError, is_table, table_of
 
 SPEEDS = ("quality", "balanced", "fast")
 DENSITIES = {"quality": 0.35, "balanced": 0.2, "fast": 0.1}
@@ -23,6 +24,8 @@ class Choice:
     """Why this plan, in words."""
     caching: Caching | None = None
     """How steps are reused; the plan's schedule names none if this is none."""
+    table: CacheTable | None = None
+    """Which modules are reused, in place of steps."""
 
 
 def choose_plan(wish: Plan | str | os.PathLike[str], targets: tuple[Target, ...]) -> Choice:
@@ -59,7 +62,7 @@ def choose_plan(wish: Plan | str | os.PathLike[str], targets: tuple[Target, ...]
     return choice
 
 
-def with_caching(choice: Choice, wish: Caching | str | None) -> Choice:
+def with_caching(choice: Choice, wish: Caching | CacheTable | str | None, targets: tuple[Target, ...]) -> Choice:
     """The choice with the cache that is wished for: `auto` is the plan's own.
 
     Raises:
@@ -71,16 +74,19 @@ def with_caching(choice: Choice, wish: Caching | str | None) -> Choice:
         own = None if plan is None else plan.cache
         return replace(choice, caching=Caching("schedule", predictor="taylor") if scheduled and own is None else own)
     try:
+        if isinstance(wish, str) and is_table(wish):
+            wish = table_of(wish, _shape(targets[0])[0])
         caching = Caching.parse(wish) if isinstance(wish, str) and wish != "none" else wish
-    except CachingError as error:
+    except (CachingError, CacheTableError) as error:
         raise AccelerateError(str(error)) from error
+    table = wish if isinstance(wish, CacheTable) else None
     if not isinstance(caching, Caching):
         caching = None
     if plan is not None and (caching is None or caching.decider != "schedule"):
         plan = replace(plan, cache=caching, schedule=replace(plan.schedule, computed=()))
     if caching is not None and caching.decider == "schedule" and (plan is None or not plan.schedule.computed):
         raise AccelerateError("cache='schedule' follows a plan's schedule, and this plan's has no cached steps")
-    return replace(choice, plan=plan, caching=caching)
+    return replace(choice, plan=plan, caching=caching, table=table)
 
 
 def with_regions(choice: Choice, wish: Regions | str | None) -> Choice:

@@ -12,6 +12,7 @@ from pointillist.accel.dense import check_dense
 from pointillist.accel.models import SUPPORTED, family_of, other
 from pointillist.accel.plan import Plan
 from pointillist.accel.step_cache.policy import Caching
+from pointillist.accel.step_cache.table import CacheTable
 from pointillist.kernels import choose_backend
 
 FEW_STEPS = 8
@@ -58,6 +59,7 @@ class Setup:
     targets: tuple[Target, ...]
     plan: Plan | None
     caching: Caching | None
+    table: CacheTable | None = None
 
     @property
     def scheduler(self) -> Any:
@@ -75,7 +77,7 @@ class Setup:
     @property
     def reuses(self) -> bool:
         """Whether anything of one step serves another."""
-        return self.regions or self.caching is not None
+        return self.regions or self.caching is not None or self.table is not None
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ CONFLICTS = (
     ),
     Conflict(
         "a cache and noise of the sampler", "warn",
-        lambda its: its.caching is not None and _is_stochastic(its.scheduler),
+        lambda its: (its.caching or its.table) is not None and _is_stochastic(its.scheduler),
         lambda its: f"the {its.sampler} adds noise of its own in every step, so steps differ and reusing them harms",
     ),
     Conflict(
@@ -119,6 +121,12 @@ CONFLICTS = (
         lambda its: its.regions and _steps_of_sampler(its.scheduler) > 1,
         lambda its: f"the {its.sampler} mixes velocities of several steps, which are of several ages in regions; "
         "FlowMatchEulerDiscreteScheduler does not",
+    ),
+    Conflict(
+        "a cache table with regions", "refuse",
+        lambda its: its.regions and its.table is not None,
+        lambda its: "regions compute a part of the tokens, and a cache table reuses what modules gave for all of them; "
+        "take one away: regions='none', or another cache",
     ),
     Conflict(
         "a curve of another attention", "warn",

@@ -42,6 +42,8 @@ class Record:
     """Of the step cache: step, branch, whether it was reused, and the distance that decided."""
     caching: str = ""
     """The step cache, in words; "" where there is none."""
+    modules: tuple[int, int] | None = None
+    """How many modules were computed, and how many reused, where a table says which."""
     held: dict[str, int] = field(default_factory=dict)
     """Bytes that parts remembered at most."""
     ages: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -122,7 +124,7 @@ def make_report(record: Record, plan: str, plan_source: str, dense_backend: tupl
             densities[call.site].append(float(call.density))
     steps = _kinds(record)
     notes = [*record.warnings, *(f"{reason} ({count} calls)" for reason, count in record.notes.items())]
-    if record.caching and record.decisions and "cached" not in steps.values():
+    if record.caching and record.decisions and record.modules is None and "cached" not in steps.values():
         notes.append("cache: no step was reused; a greater threshold would")
     sparse = [density for each in densities.values() for density in each]
     calls = len(record.calls)
@@ -147,7 +149,7 @@ def make_report(record: Record, plan: str, plan_source: str, dense_backend: tupl
         tokens=record.grid[0] * record.grid[1] * record.grid[2] if record.grid else 0,
         fallbacks=notes,
         kinds=tuple(steps[step] for step in sorted(steps)),
-        cache=record.caching,
+        cache=_cache(record),
         distances=_distances(record),
         held=dict(record.held),
         refreshed=_refreshed(record),
@@ -175,6 +177,13 @@ def _refreshed(record: Record) -> tuple[float, ...]:
         return ()
     computed = [age[0] == 0 for step, age in sorted(record.ages.items())]
     return tuple(torch.stack(computed).float().mean(0).tolist())
+
+
+def _cache(record: Record) -> str:
+    if record.modules is None:
+        return record.caching
+    computed, reused = record.modules
+    return f"{record.caching}, {reused / max(1, computed + reused):.0%} of the modules reused"
 
 
 def _distances(record: Record) -> dict[int, float]:

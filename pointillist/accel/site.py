@@ -109,7 +109,7 @@ class Site:
             record.calls.append(AttentionCall(self.name, state.branch, state.step, None, start, now(q.device), True))
             return out
         kind = "dense" if plan is None else plan.schedule.kind(state.step, state.sigmas)
-        if plan is None or (kind == "dense" and not _before_sparse(plan, state)):
+        if plan is None or (kind == "dense" and not before_sparse(plan, state)):
             out = self._dense(q, k, v, scale)
         elif kind == "dense":
             out = self._dense(q, k, v, scale)
@@ -319,7 +319,7 @@ def _groups_of(rules: tuple[Rule, ...], grid: Grid, block: int) -> tuple[Group, 
     return tuple(Group(pattern, None if len(heads) == 1 else tuple(mine)) for pattern, mine in heads.items())
 
 
-def _before_sparse(plan: Plan, state: RunState) -> bool:
+def before_sparse(plan: Plan, state: RunState) -> bool:
     """Whether the running step is the last dense one before sparse ones."""
     if state.step is None or state.step + 1 >= len(state.sigmas):
         return False

@@ -49,7 +49,7 @@ def command(
         str,
         typer.Option(
             help="Reuse steps: auto (the plan's), none, easy, rate, first_block, magnitude, modulated; "
-            "with options like rate:threshold=0.1,predictor=taylor."
+            "with options like rate:threshold=0.1,predictor=taylor. Or modules: table (the model's), table:FILE.json."
         ),
     ] = "auto",
     regions: Annotated[

@@ -33,6 +33,17 @@ def search(
     verify: Annotated[bool, typer.Option(help="Run plans and correct predictions; without it they must do.")] = True,
     stages: Annotated[bool, typer.Option("--stages", help="Choose anew for early, middle and late steps.")] = False,
     cache: Annotated[bool, typer.Option(help="Steps may reuse what others computed.")] = True,
+    cache_table: Annotated[
+        bool, typer.Option("--cache-table", help="Learn which modules to reuse in which steps, FILE.json, not a plan.")
+    ] = False,
+    share: Annotated[
+        float | None, typer.Option(help="With --cache-table: of the modules, reuse so many (0.5).")
+    ] = None,
+    beta: Annotated[
+        float | None, typer.Option(help="With --cache-table, in place of --share: a module's cost.")
+    ] = None,
+    iterations: Annotated[int | None, typer.Option(help="With --cache-table: clips to learn with (200).")] = None,
+    rate: Annotated[float | None, typer.Option(help="With --cache-table: of learning (0.05).")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
@@ -51,7 +62,17 @@ def search(
     """Search a plan. What is measured is kept in a folder, and an interrupted search goes on there."""
     if context.invoked_subcommand is not None:
         return
-    output = _checked(output)
+    how = {"share": share, "beta": beta, "iterations": iterations, "rate": rate}
+    if not cache_table and any(value is not None for value in how.values()):
+        raise ValueError("--share, --beta, --iterations and --rate say how a --cache-table is learned; give that too")
+    output = _checked(output, ".json" if cache_table else ".safetensors")
+    if cache_table:
+        if target_speedup is not None or min_psnr is not None or shard is not None or stages:
+            raise ValueError("--target-speedup, --min-psnr, --stages and --shard are of plans, not of a --cache-table")
+        size = {"num_inference_steps": steps, "width": width, "height": height, "num_frames": frames}
+        load = {"device": device, "dtype": dtype, "download": download}
+        _learn(output, folder or output.with_suffix(".search"), model, prompts, how, size, load, as_json)
+        return
     asked = {
         "model": model, "hardware": hardware, "target_speedup": target_speedup, "min_psnr": min_psnr, "speed": speed,
         "prompts": None if prompts is None else str(prompts.resolve()),
@@ -76,6 +97,50 @@ def merge(
     if not request.is_file():
         raise SearchError(f"{folder} holds no search; give the folder that --shard wrote to")
     _run(json.loads(request.read_text(encoding="utf-8")), output, folder, None, as_json, merging=True)
+
+
+def _learn(
+    output: Path,
+    folder: Path,
+    model: str,
+    prompts: Path | None,
+    how: dict[str, Any],
+    size: dict[str, Any],
+    load: dict[str, Any],
+    as_json: bool,
+) -> None:
+    """A cache table."""
+    import torch
+
+    from pointillist.cli.generate import quieten
+    from pointillist.pipelines.load import load_pipeline
+    from pointillist.pipelines.search import find_cache_table, read_prompts
+    from pointillist.search.cache_table import Learning
+
+    chosen = {name: value for name, value in how.items() if value is not None}
+    if "beta" in chosen:
+        chosen.setdefault("share", None)
+    texts = None if prompts is None else read_prompts(prompts)
+    Learning(("",), {}, **chosen)  # what is wrong is told before a model is loaded
+    kind = getattr(torch, load["dtype"]) if load["dtype"] else None
+    quieten()
+    with show_progress(Console(stderr=True)) as show:
+
+        def progress(phase: str, done: int, of: int) -> None:
+            show(Event(phase, done, of))
+
+        progress("loading the model", 0, 0)
+        pipe = load_pipeline(model, dtype=kind, device=load["device"], download=load["download"])
+        folder.mkdir(parents=True, exist_ok=True)
+        table = find_cache_table(
+            pipe, prompts=texts, checkpoint=folder / "cache_table.safetensors", name=output.stem, progress=progress,
+            **chosen, **size,
+        )  # fmt: skip
+        table.save(output)
+    if as_json:
+        print(json.dumps({"output": str(output), "share": table.share, "folder": str(folder)}, allow_nan=False))
+    else:
+        print(f"{output}: {table.share:.0%} of the modules are reused\nuse it: --cache table:{output}")
 
 
 def _run(
@@ -157,11 +222,11 @@ def _tell(found: "Found", output: Path, folder: Path, as_json: bool) -> None:
     print(f"{output}\nlook at it: pointillist plan show {output} --html {output.with_suffix('.html')}")
 
 
-def _checked(output: Path | None) -> Path:
+def _checked(output: Path | None, suffix: str = ".safetensors") -> Path:
     if output is None:
-        raise ValueError("--output is missing; give a FILE.safetensors for the plan")
-    if output.suffix != ".safetensors" or output.is_dir():
-        raise ValueError(f"--output is {str(output)!r}; it must be a FILE.safetensors")
+        raise ValueError(f"--output is missing; give a FILE{suffix}")
+    if output.suffix != suffix or output.is_dir():
+        raise ValueError(f"--output is {str(output)!r}; it must be a FILE{suffix}")
     if not output.parent.is_dir():
         raise ValueError(f"--output is {str(output)!r}, but there is no folder {str(output.parent)!r}; make it first")
     return output

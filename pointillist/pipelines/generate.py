@@ -15,6 +15,7 @@ from pointillist.accel.plan import Plan, PlanError, Rule
 from pointillist.accel.regions.policy import Regions
 from pointillist.accel.schedule import Schedule
 from pointillist.accel.step_cache.policy import Caching
+from pointillist.accel.step_cache.table import CacheTable, is_table
 from pointillist.pipelines.kept import Kept, check_kept_file, save_kept
 from pointillist.pipelines.video import Clip, check_format, check_output, write_clips
 
@@ -106,7 +107,9 @@ class GenerateRequest:
                 self.uniform_plan(steps=1)
             except PlanError as error:
                 raise ValueError(str(error)) from error
-        if self.cache not in ("auto", "none"):
+        if self.cache.startswith("table:"):
+            CacheTable.load(self.cache.removeprefix("table:"))
+        elif self.cache not in ("auto", "none") and not is_table(self.cache):
             Caching.parse(self.cache)
         if self.regions not in ("auto", "none"):
             Regions.parse(self.regions)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pointillist.accel.step_cache.table import CacheTable
     from pointillist.search.find import Found, Search
     from pointillist.search.study import Study
 
@@ -80,6 +81,49 @@ def find_plan(
         profile, here = machine(hardware, search.study.dtype, pipe.device, progress)
         search.measure()
         return search.find(wish, name, profile, verify, here)
+
+
+def find_cache_table(
+    pipe: Any,
+    *,
+    prompts: tuple[str, ...] | None = None,
+    share: float | None = 0.5,
+    beta: float | None = None,
+    iterations: int = 200,
+    rate: float = 0.05,
+    renew: int = 20,
+    spread: float = 1.0,
+    checkpoint: str | os.PathLike[str] | None = None,
+    name: str = "learned",
+    progress: Progress = lambda phase, done, of: None,
+    **call: Any,
+) -> CacheTable:
+    """Learn which modules a pipeline may reuse in which steps; the table goes to `accelerate(cache=…)`.
+
+    Args:
+        pipe: a pipeline that `accelerate` takes, not accelerated and not compiled.
+        prompts: to learn with; by default a shipped set.
+        share: of all modules in all steps, so many are reused; or
+        beta: what a computed module costs, as in HarmoniCa; then share must be None.
+        iterations: clips that are made, each two to four times as much work as a dense one.
+        rate: of learning; greater for few iterations.
+        renew: after so many iterations it is measured anew which steps matter, at the price of a clip for each step.
+        spread: standard deviation of the first logits; less for few iterations.
+        checkpoint: a safetensors file, from which an interrupted run goes on.
+        call: arguments of the pipeline in place of its defaults, such as height or num_frames. Small clips do.
+
+    Raises:
+        SearchError, AccelerateError, ValueError: what does not fit.
+    """
+    from pointillist.pipelines.load import check_size, defaults
+    from pointillist.search.cache_table import Learning, learn_table
+
+    prompts = shipped_prompts(pipe) if prompts is None else prompts
+    check_prompts(prompts)
+    call = {**defaults(pipe), **{key: value for key, value in call.items() if value is not None}}
+    check_size(pipe, call["width"], call["height"], call["num_frames"])
+    learning = Learning(prompts, call, iterations, share, beta, rate, renew, spread)
+    return learn_table(pipe, learning, None if checkpoint is None else Path(checkpoint), progress, name)
 
 
 def prepare_search(

@@ -26,6 +26,8 @@ CUTS = (1, 0.98, 0.95, 0.92, 0.88, 0.84, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 """Shares of a budget that are tried in turn."""
 REFRESHED = (3, 4)
 """Values of `Schedule.dense_every` that are tried where steps are reused; beside none."""
+ROUGHLY, PROMISING = 0.9, 2
+"""So much of a budget is left when whole calls are counted; so many schedules are then looked at closely."""
 REUSED = 0.05
 """What a reused step takes of the time beside attention."""
 WITHIN = 0.005
@@ -123,18 +125,34 @@ class Choices:
             found.append(self.at_attention(total - self.dense.other))
         except OverBudget as error:
             least = error
-        for reuse in sorted(self._reuse.values(), key=lambda each: each.error):
-            if found and reuse.error >= min(choice.error for choice in found):
-                break  # the steps alone lose more
-            for every in (0, *REFRESHED):
-                steps = timeline(self.study, every, reuse.computed)
-                try:
-                    found += [self._within(total - self._other(steps), tail, steps, reuse) for tail in self.study.tails]
-                except OverBudget:
-                    continue
+        for tail, steps, reuse in self._promising(total):
+            try:
+                found.append(self._within(total - self._other(steps), tail, steps, reuse))
+            except OverBudget:
+                continue
         if not found:
             raise least
         return min(found, key=lambda choice: choice.error)
+
+    def _promising(self, total: float) -> list[tuple[str, Timeline, Reuse]]:
+        """The schedules of reused steps that lose least in so many seconds, by what `assign` adds up: what whole calls
+        cost beside that takes longer to find out."""
+        found = []
+        for reuse in self._reuse.values():
+            if len(reuse.computed) == self.study.steps:
+                continue
+            for every in (0, *REFRESHED):
+                steps = timeline(self.study, every, reuse.computed)
+                budget = self._budget(total - self._other(steps), steps)
+                for tail in self.study.tails:
+                    problem = self._problem_of(tail, steps)
+                    try:
+                        error = problem.error(assign(problem, ROUGHLY * budget)) + reuse.error
+                    except OverBudget:
+                        continue
+                    found.append((error, tail, steps, reuse))
+        found.sort(key=lambda each: each[0])
+        return [each[1:] for each in found[:PROMISING]]
 
     def at_attention(self, seconds: float) -> Choice:
         """The least error whose attention takes at most so many seconds of a clip of which every step is computed.

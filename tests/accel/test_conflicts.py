@@ -15,6 +15,7 @@ from families import Family
 from pointillist import AccelerateError, Plan, accelerate
 from pointillist.accel.conflicts import CONFLICTS, inert
 from pointillist.accel.step_cache.policy import Caching
+from pointillist.accel.step_cache.table import CacheTable
 
 
 def noisy():
@@ -46,6 +47,9 @@ APPLYING = {
     "a sampler with two evaluations in a step": (two_evaluations, dict(plan="none", cache="easy"), "Heun"),
     "a cache and noise of the sampler": (noisy, dict(plan="none", cache="easy"), "reusing them harms"),
     "regions and a sampler of several steps": (multistep, dict(plan="none", regions="easy"), "UniPCMultistepScheduler"),
+    "a cache table with regions": (
+        make_pipe, dict(plan="none", regions="easy", cache=CacheTable.every(steps=4, layers=2, interval=2)), "take one away",
+    ),
     "a curve of another attention": (
         make_pipe, dict(plan=SPARSE, cache="magnitude:curve=wan2.1-t2v-1.3b"), "calibrated on dense attention",
     ),
@@ -71,9 +75,9 @@ def test_a_rule_applies_where_it_should_and_nowhere_else(rule):
             assert any(sentence in note for note in handle.report().fallbacks)
     assert {name: set(vars(module)) for name, module in pipe.transformer.named_modules()} == before
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in pipe.transformer.modules())
-    plain = dict(plan="none", **{name: value for name, value in wish.items() if name in ("cache", "regions")})
-    if rule.name != "a curve of another attention":  # of which dense attention is the cure
-        plain = dict(plan=SPARSE, cache="easy", regions="easy")
+    plain = dict(plan=SPARSE, cache="easy", regions="easy")
+    if rule.name == "a curve of another attention":  # of which dense attention is the cure
+        plain = dict(plan="none", cache=wish["cache"])
     with accelerate(make_pipe(), **plain) as handle:
         assert handle.report().fallbacks == []
 

@@ -64,6 +64,11 @@ def test_a_plan_is_made_shown_and_used_again(tiny_folder, tmp_path, machine, few
         (["--output", "p.safetensors", "--speed", "warp"], 2, "allowed are quality, balanced, fast"),
         (["--output", "p.safetensors", "--prompts", "absent.txt"], 2, "/absent.txt'; give a text file with one prompt"),
         (["--output", "p.safetensors", "--hardware", "abacus"], 2, "there is no hardware profile 'abacus'"),
+        (["--output", "t.safetensors", "--cache-table"], 2, "must be a FILE.json"),
+        (["--output", "t.safetensors", "--share", "0.5"], 2, "say how a --cache-table is learned"),
+        (["--output", "t.json", "--cache-table", "--stages"], 2, "are of plans, not of a --cache-table"),
+        (["--output", "t.json", "--cache-table", "--share", "1.5"], 1, "the share of reused modules is 1.5"),
+        (["--output", "t.json", "--cache-table", "--share", "0.5", "--beta", "1"], 1, "give one of them"),
         (["merge", "absent", "--output", "p.safetensors"], 1, "absent holds no search"),
     ],
 )

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from pointillist.accel import bridge
 from pointillist.accel.models import fingerprints
 from pointillist.accel.tiles import Grid
 
@@ -21,6 +22,11 @@ def is_member(transformer: Any) -> bool:
 def sites(transformer: Any) -> list[tuple[torch.nn.Module, torch.nn.Module]]:
     """None: where its attention is, nobody has said."""
     return []
+
+
+def modules(transformer: Any) -> list[dict[str, list[torch.nn.Module]]]:
+    """Of every layer, its self-attention and its feed-forward networks. Raises ValueError where they are not apart."""
+    return bridge.attention_and_mlp(transformer)
 
 
 def heads(transformer: Any) -> int:

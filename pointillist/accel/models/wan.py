@@ -30,6 +30,11 @@ def sites(transformer: Any) -> list[tuple[torch.nn.Module, torch.nn.Module]]:
     return [(block, block.attn1) for block in transformer.blocks]
 
 
+def modules(transformer: Any) -> list[dict[str, list[torch.nn.Module]]]:
+    """Of every layer, its self-attention and its feed-forward network: what a cache table speaks of."""
+    return [{"attention": [block.attn1], "mlp": [block.ffn]} for block in transformer.blocks]
+
+
 def site_name(layer: int) -> str:
     """The site's module path inside the transformer."""
     return f"blocks.{layer}.attn1"
