@@ -115,10 +115,12 @@ def _cheapest(problem: Problem, place: int, price: float) -> np.ndarray:
             break
         best = fewer
     alone = [int((value.sum(0) + fixed).argmin())]
-    while more := min(([*alone, each] for each in range(len(fixed)) if each not in alone), key=total, default=alone):
-        if total(more) >= total(alone):
+    while len(alone) < len(fixed):
+        with_one_more = np.minimum(value[:, alone].min(1)[:, None], value).sum(0) + fixed[alone].sum() + fixed
+        with_one_more[alone] = np.inf
+        if with_one_more.min() >= total(alone):
             break
-        alone = more
+        alone.append(int(with_one_more.argmin()))
     best = min(best, alone, key=total)
     if price * problem.dense[place] <= total(best) + price * problem.sparse[place]:
         return np.zeros(len(value), dtype=np.int64)

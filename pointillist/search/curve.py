@@ -26,7 +26,7 @@ CUTS = (1, 0.98, 0.95, 0.92, 0.88, 0.84, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 """Shares of a budget that are tried in turn."""
 REFRESHED = (3, 4)
 """Values of `Schedule.dense_every` that are tried where steps are reused; beside none."""
-ROUGHLY, PROMISING = 0.9, 2
+ROUGHLY, PROMISING = 0.9, 3
 """So much of a budget is left when whole calls are counted; so many schedules are then looked at closely."""
 REUSED = 0.05
 """What a reused step takes of the time beside attention."""
@@ -120,39 +120,37 @@ class Choices:
     def at_speedup(self, speedup: float) -> Choice:
         """The least error at a predicted speed-up of denoising. Raises OverBudget: no plan is that fast."""
         total = (self.dense.attention + self.dense.other) / speedup
+        if not self._reuse:
+            return self.at_attention(total - self.dense.other)
         found: list[Choice] = []
-        try:
-            found.append(self.at_attention(total - self.dense.other))
-        except OverBudget as error:
-            least = error
         for tail, steps, reuse in self._promising(total):
             try:
                 found.append(self._within(total - self._other(steps), tail, steps, reuse))
             except OverBudget:
                 continue
-        if not found:
-            raise least
-        return min(found, key=lambda choice: choice.error)
+        return min(found, key=lambda choice: choice.error) if found else self.at_attention(total - self.dense.other)
 
-    def _promising(self, total: float) -> list[tuple[str, Timeline, Reuse]]:
-        """The schedules of reused steps that lose least in so many seconds, by what `assign` adds up: what whole calls
-        cost beside that takes longer to find out."""
+    def _promising(self, total: float) -> list[tuple[str, Timeline, Reuse | None]]:
+        """The schedules that lose least in so many seconds, by what `assign` adds up: what whole calls cost beside that
+        takes longer to find out."""
+        schedules: list[tuple[Timeline, Reuse | None]] = [
+            (timeline(self.study, every), None) for every in self._periods
+        ]
+        for each in self._reuse.values():
+            if len(each.computed) < self.study.steps:
+                schedules += [(timeline(self.study, every, each.computed), each) for every in (0, *REFRESHED)]
         found = []
-        for reuse in self._reuse.values():
-            if len(reuse.computed) == self.study.steps:
-                continue
-            for every in (0, *REFRESHED):
-                steps = timeline(self.study, every, reuse.computed)
-                budget = self._budget(total - self._other(steps), steps)
-                for tail in self.study.tails:
-                    problem = self._problem_of(tail, steps)
-                    try:
-                        error = problem.error(assign(problem, ROUGHLY * budget)) + reuse.error
-                    except OverBudget:
-                        continue
-                    found.append((error, tail, steps, reuse))
+        for steps, reuse in schedules:
+            budget = self._budget(total - self._other(steps), steps)
+            for tail in self.study.tails:
+                problem = self._problem_of(tail, steps)
+                try:
+                    error = problem.error(assign(problem, ROUGHLY * budget))
+                except OverBudget:
+                    continue
+                found.append((error + (0.0 if reuse is None else reuse.error), tail, steps, reuse))
         found.sort(key=lambda each: each[0])
-        return [each[1:] for each in found[:PROMISING]]
+        return [(tail, steps, reuse) for _, tail, steps, reuse in found[:PROMISING]]
 
     def at_attention(self, seconds: float) -> Choice:
         """The least error whose attention takes at most so many seconds of a clip of which every step is computed.

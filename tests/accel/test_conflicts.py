@@ -48,7 +48,8 @@ APPLYING = {
     "a cache and noise of the sampler": (noisy, dict(plan="none", cache="easy"), "reusing them harms"),
     "regions and a sampler of several steps": (multistep, dict(plan="none", regions="easy"), "UniPCMultistepScheduler"),
     "a cache table with regions": (
-        make_pipe, dict(plan="none", regions="easy", cache=CacheTable.every(steps=4, layers=2, interval=2)), "take one away",
+        make_pipe, dict(plan="none", regions="easy", cache=CacheTable.every(steps=4, layers=2, interval=2)),
+        "take one away",
     ),
     "a curve of another attention": (
         make_pipe, dict(plan=SPARSE, cache="magnitude:curve=wan2.1-t2v-1.3b"), "calibrated on dense attention",
