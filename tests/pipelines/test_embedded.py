@@ -41,12 +41,14 @@ def test_one_seed_gives_one_clip(pipe):
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
-def test_the_shipped_plan_is_for_it_and_restoring_leaves_no_trace(pipe):
-    (plan,) = shipped_plans()
-    size = defaults(pipe)
+def test_the_shipped_plans_are_for_it_and_restoring_leaves_no_trace(pipe):
+    plans, size = shipped_plans(), defaults(pipe)
+    assert [plan.name for plan in plans] == ["embedded-balanced", "embedded-fast", "embedded-quality"]
     grid = ((size["num_frames"] - 1) // 4 + 1, size["height"] // 8, size["width"] // 8)
-    assert plan.model == wan.fingerprint(pipe.transformer)
-    assert plan.grid == grid and math.prod(grid) >= 4000
+    for plan in plans:
+        assert plan.model == wan.fingerprint(pipe.transformer)
+        assert plan.grid == grid and math.prod(grid) >= 4000
+        assert plan.measured["psnr"] > 20 and len(plan.schedule.computed) < size["num_inference_steps"]
     before = clip(pipe, height=128, width=128)
     with accelerate(pipe) as handle:
         assert not torch.equal(clip(pipe, height=128, width=128), before)
