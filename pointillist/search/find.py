@@ -121,9 +121,11 @@ class Search:
             runs = Runs(self, held_out)
             if here:
                 runs.dense_times()
-            with self.spent("cost model"):
-                choices = self.choices(hardware, runs if here else None)
+            start, before = time.perf_counter(), sum(self.bill().values())
+            choices = self.choices(hardware, runs if here else None)
             chosen, tries = meet(wish, choices, runs.of(choices, hardware.name) if held_out else None, here)
+            clips = sum(self.bill().values()) - before
+            self._charge("cost model and choosing", time.perf_counter() - start - clips)
             return self._found(choices, chosen, tries, wish, name, hardware, runs, here)
 
     def _measure_buckets(self, playback: Playback | None, told: Callable[[str], Callable[[int], None]]) -> None:
@@ -237,9 +239,12 @@ class Search:
         try:
             yield
         finally:
-            bill = self.bill()
-            bill[phase] = round(bill.get(phase, 0.0) + time.perf_counter() - start, 2)
-            write(self.folder / "seconds.json", json.dumps(bill).encode())
+            self._charge(phase, time.perf_counter() - start)
+
+    def _charge(self, phase: str, seconds: float) -> None:
+        bill = self.bill()
+        bill[phase] = round(bill.get(phase, 0.0) + seconds, 2)
+        write(self.folder / "seconds.json", json.dumps(bill).encode())
 
     @contextmanager
     def _alone(self, what: str) -> Iterator[None]:
