@@ -164,6 +164,13 @@ def settings(plan: Plan) -> list[tuple[str, str]]:
         ("tail", tail),
         ("blocks", f"up to {plan.block} tokens"),
     ]
+    if schedule.computed:
+        rows.append(("reused steps", f"all but {len(schedule.computed)} sigmas"))
+    if plan.cache is not None:
+        rows.append(("cache", str(plan.cache)))
+    if plan.regions is not None:
+        steps = f"from {schedule.region_from:.3g} to {schedule.region_to:.3g} of the first sigma"
+        rows.append(("regions", f"{plan.regions}, {steps}, all in 1 of {schedule.region_every} steps"))
     if plan.quantized != "none":
         rows.append(("quantized", plan.quantized))
     if plan.hoist:
@@ -259,6 +266,8 @@ def about_map(plan: Plan, record: SearchRecord | None) -> str:
         text += f" Steps above sigma {plan.schedule.dense_above:.3g}, where the first has 1, are dense."
     if plan.schedule.dense_every:
         text += f" So is 1 of {plan.schedule.dense_every} of the others."
+    if plan.schedule.computed:
+        text += f" {len(plan.schedule.computed)} steps are computed, others reuse them."
     if len({rule for run in runs for rule in run.rules}) == 1:
         rule = runs[0].rules[0]
         return f"{text} Here every head of every layer is the same: {rule.pattern}, density {rule.kept:.3g}."
