@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from pointillist.accel import bridge
 from pointillist.accel.models import fingerprints
 from pointillist.accel.tiles import Grid
 
@@ -26,6 +25,8 @@ def sites(transformer: Any) -> list[tuple[torch.nn.Module, torch.nn.Module]]:
 
 def modules(transformer: Any) -> list[dict[str, list[torch.nn.Module]]]:
     """Of every layer, its self-attention and its feed-forward networks. Raises ValueError where they are not apart."""
+    from pointillist.accel import bridge  # which imports Diffusers, and plans are read without it
+
     return bridge.attention_and_mlp(transformer)
 
 
