@@ -41,14 +41,16 @@ TEMPLATE = """
 CSS = """
 .player[data-spec=""] { display: none; }
 .player .stage { display: flex; gap: 6px; justify-content: center; touch-action: none; position: relative; }
-.player figure { margin: 0; flex: 1 1 0; max-width: 620px; min-width: 0; }
+.player figure { margin: 0; flex: 1 1 0; max-width: calc(50vh * var(--aspect, 1)); min-width: 0; }
 .player canvas { width: 100%; display: block; border-radius: 6px; background: #000; image-rendering: auto; }
 .player figcaption { text-align: center; font-size: .85rem; padding-top: .2rem; color: var(--body-text-color-subdued); }
 .player .bar { display: flex; gap: .6rem; align-items: center; margin-top: .6rem; flex-wrap: wrap; }
+.player input { accent-color: var(--primary-500); }
 .player .frame { flex: 1 1 160px; }
 .player .said { min-width: 11rem; font-variant-numeric: tabular-nums; text-align: right; font-size: .9rem; }
 .player button { padding: .3rem .8rem; border-radius: 6px; border: 1px solid var(--block-border-color);
-  background: var(--button-secondary-background-fill); color: var(--button-secondary-text-color); cursor: pointer; }
+  background: var(--button-secondary-background-fill); color: var(--button-secondary-text-color); cursor: pointer;
+  font-weight: 400; font-size: .9rem; }
 .player button.on { background: var(--primary-500); color: #fff; border-color: var(--primary-500); }
 .player .gain { display: none; align-items: center; gap: .3rem; }
 .player[data-mode="difference"] .gain { display: flex; }

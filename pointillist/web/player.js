@@ -66,6 +66,7 @@ function start() {
     busy = true;
     const [dense, fast] = await Promise.all([picture(0, frame), picture(1, frame)]);
     const {width, height} = dense;
+    stage.style.setProperty('--aspect', width / height);
     if (mode === 'side') {
       const [left, right] = canvases(['dense', 'accelerated'], width, height);
       left.drawImage(dense, 0, 0);

@@ -75,7 +75,7 @@ def serve(
 def theme(gr: Any) -> Any:
     """With the fonts of the system: nothing is fetched from elsewhere."""
     fonts = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
-    return gr.themes.Soft(
-        primary_hue="orange", neutral_hue="slate", radius_size="md", spacing_size="md", font=fonts,
+    return gr.themes.Default(
+        primary_hue="orange", neutral_hue="slate", radius_size="md", spacing_size="sm", font=fonts,
         font_mono=["ui-monospace", "Consolas", "monospace"],
     )  # fmt: skip

@@ -1,6 +1,7 @@
 """How the page looks beyond its theme. Colours are the theme's variables, so light and dark both work."""
 
 CSS = """
+.hide-container > .html-container:not(.in-group *) { padding-left: 0; padding-right: 0; }
 .job-line { display: flex; justify-content: space-between; gap: 1rem; font-variant-numeric: tabular-nums; }
 .job-time { color: var(--body-text-color-subdued); }
 .job-bar { height: 6px; border-radius: 3px; overflow: hidden; margin: .4rem 0; background: var(--block-border-color); }
@@ -13,7 +14,8 @@ CSS = """
 .job-more, .note { color: var(--body-text-color-subdued); font-size: .85rem; }
 .chips { display: flex; flex-wrap: wrap; gap: .35rem; margin: .2rem 0 .5rem; }
 .chips span { padding: .1rem .55rem; border-radius: 999px; font-size: .82rem;
-  background: var(--background-fill-secondary); border: 1px solid var(--block-border-color); font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
+  background: var(--background-fill-secondary); border: 1px solid var(--block-border-color);
+  font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
 .chips b { font-weight: 500; color: var(--body-text-color-subdued); }
 .steps { display: flex; gap: 2px; height: 12px; margin: .45rem 0 .25rem; }
 .steps i { flex: 1; border-radius: 2px; min-width: 1px; }

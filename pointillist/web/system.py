@@ -20,7 +20,8 @@ from pointillist.web.shared import Shared
 CSS = """
 .facts { width: 100%; border-collapse: collapse; font-size: .9rem; }
 .facts th { text-align: left; padding: .9rem .4rem .3rem; font-weight: 600; }
-.facts td { padding: .25rem .4rem; border-top: 1px solid var(--block-border-color); vertical-align: top;
+.facts, .facts tr, .facts th, .facts td { border: 0 !important; }
+.facts td { padding: .25rem .4rem; border-top: 1px solid var(--block-border-color) !important; vertical-align: top;
   overflow-wrap: anywhere; }
 .facts td:first-child { width: 11rem; color: var(--body-text-color-subdued); }
 @media (max-width: 600px) { .facts td:first-child { width: 7rem; } }
