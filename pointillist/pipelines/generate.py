@@ -16,6 +16,7 @@ from pointillist.accel.regions.policy import Regions
 from pointillist.accel.schedule import Schedule
 from pointillist.accel.step_cache.policy import Caching
 from pointillist.accel.step_cache.table import CacheTable, is_table
+from pointillist.pipelines.events import Phase, Progress, Step, silent
 from pointillist.pipelines.kept import Kept, check_kept_file, save_kept
 from pointillist.pipelines.video import Clip, check_format, check_output, write_clips
 
@@ -142,16 +143,6 @@ class GenerateRequest:
 
 
 @dataclass(frozen=True)
-class Event:
-    """One piece of progress. `step` of `steps` counts within the phase; 0 of 0 where it has none."""
-
-    phase: str
-    step: int = 0
-    steps: int = 0
-    seconds_per_step: float | None = None
-
-
-@dataclass(frozen=True)
 class GenerateResult:
     """What was made. `facts` holds the JSON keys of the command line's contract."""
 
@@ -160,11 +151,12 @@ class GenerateResult:
     files: dict[str, Path] = field(default_factory=dict)
 
 
-Progress = Callable[[Event], None]
+Load = Callable[..., Any]
+"""Like `load_pipeline`."""
 
 
-def generate(request: GenerateRequest, progress: Progress = lambda event: None) -> GenerateResult:
-    """Carry out `request`; `progress` is called with every `Event`.
+def generate(request: GenerateRequest, progress: Progress = silent, load: Load | None = None) -> GenerateResult:
+    """Carry out `request`; `progress` is called with all that happens. Pipelines come from `load`, or `load_pipeline`.
 
     Raises:
         ValueError, AccelerateError, PlanError, ModelError, OutputError: one sentence on what was given and allowed.
@@ -172,8 +164,8 @@ def generate(request: GenerateRequest, progress: Progress = lambda event: None) 
     for path in [*request.files.values(), *filter(None, [request.keep])]:
         check_output(path)
     started = time.perf_counter()
-    progress(Event("loading the model"))
-    pipe, plan, call = prepare(request)
+    progress(Phase("loading the model"))
+    pipe, plan, call = prepare(request, load)
     seed = request.seed if request.seed is not None else secrets.randbelow(2**31)
     loaded = time.perf_counter() - started
 
@@ -184,7 +176,7 @@ def generate(request: GenerateRequest, progress: Progress = lambda event: None) 
     facts = describe(request, call, seed, fast, dense)
     facts["load_seconds"] = round(loaded, 3)
 
-    progress(Event("writing"))
+    progress(Phase("writing"))
     kept = None
     if request.keep is not None:
         kept = Kept.of(fast)
@@ -205,7 +197,7 @@ def generate(request: GenerateRequest, progress: Progress = lambda event: None) 
     return GenerateResult(request.output, facts, request.files)
 
 
-def prepare(request: GenerateRequest) -> tuple[Any, Any, dict[str, Any]]:
+def prepare(request: GenerateRequest, load: Load | None = None) -> tuple[Any, Any, dict[str, Any]]:
     """The pipeline, the plan, and the arguments of its call; everything is checked here."""
     import torch
 
@@ -215,7 +207,7 @@ def prepare(request: GenerateRequest) -> tuple[Any, Any, dict[str, Any]]:
     if request.plan not in (None, "auto", "none"):
         Plan.load(request.plan)  # a bad file is told before a model is loaded
     dtype = getattr(torch, request.dtype) if request.dtype else None
-    pipe = load_pipeline(request.model, dtype=dtype, device=request.device, download=request.download)
+    pipe = (load or load_pipeline)(request.model, dtype=dtype, device=request.device, download=request.download)
     targets_of(pipe, sparse=request.plan != "none")
     chosen = {
         "height": request.height, "width": request.width, "num_frames": request.frames,
@@ -285,7 +277,7 @@ def run_once(
     chosen = choose_plan(plan, targets_of(pipe, sparse=plan != "none")).plan
     once = "none" if chosen is None else replace(chosen, schedule=Schedule(), cache=None, regions=None)
     with accelerate(pipe, once, dense=dense):
-        progress(Event(f"{prefix}warming up"))
+        progress(Phase(f"{prefix}warming up"))
         pipe(**{**call, "num_inference_steps": 1, "output_type": "latent"}, generator=_generator(seed))
     with accelerate(pipe, plan, cache=cache, regions=regions, dense=dense) as handle:
         return run_accelerated(pipe, handle, call, seed, progress, prefix, keep)
@@ -309,12 +301,12 @@ def run_accelerated(
 
     steps, started = call["num_inference_steps"], time.perf_counter()
     velocities: list[Any] = []
-    progress(Event(f"{prefix}denoising", 0, steps))
+    progress(Step(f"{prefix}denoising", 0, steps))
 
     def after_step(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        progress(Event(f"{prefix}denoising", step + 1, steps, (time.perf_counter() - started) / (step + 1)))
+        progress(Step(f"{prefix}denoising", step + 1, steps, (time.perf_counter() - started) / (step + 1)))
         if step + 1 == steps:
-            progress(Event(f"{prefix}decoding"))
+            progress(Phase(f"{prefix}decoding"))
         return tensors
 
     if keep:

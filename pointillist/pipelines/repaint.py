@@ -22,12 +22,12 @@ from pointillist.accel.plan import Plan
 from pointillist.accel.regions.policy import Regions
 from pointillist.accel.schedule import Schedule
 from pointillist.metrics import psnr
+from pointillist.pipelines.events import Phase, Progress, silent
 from pointillist.pipelines.generate import (
     ASKED,
-    Event,
     GenerateRequest,
     GenerateResult,
-    Progress,
+    Load,
     prepare,
     rounded,
     run_accelerated,
@@ -88,8 +88,8 @@ class RepaintRequest:
         check_format(self.output, fps=1)
 
 
-def repaint(request: RepaintRequest, progress: Progress = lambda event: None) -> GenerateResult:
-    """Carry out `request`; `progress` is called with every `Event`.
+def repaint(request: RepaintRequest, progress: Progress = silent, load: Load | None = None) -> GenerateResult:
+    """Carry out `request`; `progress` is called with all that happens. Pipelines come from `load`, or `load_pipeline`.
 
     Raises:
         ValueError, AccelerateError, ModelError, OutputError: one sentence on what was given and allowed.
@@ -101,9 +101,9 @@ def repaint(request: RepaintRequest, progress: Progress = lambda event: None) ->
     mask = read_mask(request.mask, facts["frames"], facts["height"], facts["width"])
     kept, notes = _kept(request, facts), []
 
-    progress(Event("loading the model"))
+    progress(Phase("loading the model"))
     started = time.perf_counter()
-    pipe, plan, call = prepare(original if kept is None else _dense(original))
+    pipe, plan, call = prepare(original if kept is None else _dense(original), load)
     loaded, started = time.perf_counter() - started, time.perf_counter()
     source, again = "kept", 0.0
     if kept is None:
@@ -137,7 +137,7 @@ def repaint(request: RepaintRequest, progress: Progress = lambda event: None) ->
         "psnr_outside": psnr(before[~mask], frames[~mask]), "psnr_inside": psnr(before[mask], frames[mask]),
         "fallbacks": [*notes, *run.report.fallbacks],
     }  # fmt: skip
-    progress(Event("writing"))
+    progress(Phase("writing"))
     to_keep = Kept.of(run, frames) if request.keep is not None else None
     if request.keep is not None and to_keep is not None:
         new |= {"kept": str(request.keep.absolute()), "kept_bytes": to_keep.nbytes}
