@@ -174,7 +174,9 @@ class Recording:
             for name in ("grid", "sites", "kinds", "sigmas", "step_seconds"):
                 values[name] = tuple(values[name])
             return cls(
-                path=path, **{**values, "clip": Path(values["clip"])}, plan=None if plan is None else Plan.from_json(plan)
+                path=path,
+                **{**values, "clip": Path(values["clip"])},
+                plan=None if plan is None else Plan.from_json(plan),
             )
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
             raise OutputError(f"{str(path)!r} is not what `inspect` writes: {error}") from error
@@ -389,7 +391,9 @@ def _step(asked: int | None, facts: dict[str, Any]) -> int:
     if kinds[asked] in ("cached", "region"):
         able = ", ".join(str(step) for step, kind in enumerate(kinds) if kind in ("dense", "sparse"))
         what = "reuses another step" if kinds[asked] == "cached" else "computes a part of the tokens"
-        raise ValueError(f"step {asked} {what}, so there is no attention to look at; those of {able} can be looked into")
+        raise ValueError(
+            f"step {asked} {what}, so there is no attention to look at; those of {able} can be looked into"
+        )
     return asked
 
 
