@@ -15,6 +15,8 @@ def facts_of(clip: Path) -> dict[str, Any]:
     if not clip.is_file():
         raise OutputError(f"there is no file {str(clip)!r}")
     facts = read_settings(clip)
+    if isinstance(facts, dict) and "remote" in facts:
+        raise OutputError(f"{str(clip)!r} was made by the server {facts['remote'].get('server')}, not here")
     missing = [name for name in (*SETTINGS, "fps") if name not in facts] if isinstance(facts, dict) else ["all"]
     if missing:
         raise OutputError(f"{str(clip)!r} lacks settings ({', '.join(missing)}); give a clip of `generate`")

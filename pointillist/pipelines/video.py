@@ -80,6 +80,29 @@ def write_clips(clips: dict[Path, Clip], fps: int) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def remember_settings(source: Path, target: Path, settings: dict[str, Any]) -> None:
+    """Write an MP4 as it is, with settings in its metadata, whole or not at all. Raises OutputError."""
+    import imageio_ffmpeg
+
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.stem}.", suffix=".mp4")
+    os.close(handle)
+    temporary = Path(name)
+    command = [
+        imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", "-i", str(source), "-map", "0:v", "-c", "copy",
+        "-metadata", f"comment={json.dumps(settings, allow_nan=False)}", "-movflags", "+faststart", str(temporary),
+    ]  # fmt: skip
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise OutputError(f"{str(target)!r} cannot be written: {done.stderr.strip()[:200]}")
+        temporary.chmod(0o666 & ~_umask())
+        os.replace(temporary, target)
+    except OSError as error:
+        raise OutputError(f"{str(target)!r} cannot be written: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def read_clip(path: Path) -> np.ndarray:
     """Frames of a file as float64 [F, H, W, 3] in [0, 1]."""
     import imageio.v3 as iio

@@ -82,7 +82,7 @@ def test_what_is_shown_is_what_ran(clip, recording):
         q, k = seen[site]
         for head in range(2):
             weights = (q[head] @ k[head].T / math.sqrt(q.shape[-1])).softmax(-1).numpy()
-            assert recording.attention(layer, head) == pytest.approx(TOKENS * weights, abs=0.05)  # q and k are halves
+            assert recording.attention(layer, head) == pytest.approx(TOKENS * weights, rel=0.01, abs=0.01)  # halves
             kept = laid_of[site][head].numpy()
             assert np.array_equal(recording.kept(layer, head) > 0.5, kept)
             assert recording.density(layer, head) == pytest.approx(kept.mean(), abs=1e-6)
@@ -143,11 +143,11 @@ def test_refreshed_regions(tiny_folder, tmp_path):
 
 def test_what_cannot_be_looked_into_is_told(clip, tiny_folder, tmp_path):
     out = tmp_path / "r.safetensors"
-    with pytest.raises(ValueError, match="step 3 reuses another step.* those of 0, 1, 2 can"):
+    with pytest.raises(ValueError, match=r"step 3 reuses another step.* those of 0, 1, 2 can"):
         inspect(InspectRequest(clip.output, out, step=3))
     with pytest.raises(ValueError, match="steps 0 to 3"):
         inspect(InspectRequest(clip.output, out, step=4))
-    with pytest.raises(ValueError, match="must end in .safetensors"):
+    with pytest.raises(ValueError, match="must end in"):
         InspectRequest(clip.output, tmp_path / "r.mp4")
     with pytest.raises(OutputError, match="no file"):
         inspect(InspectRequest(tmp_path / "none.mp4", out))
