@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import tempfile
 import time
 import uuid
@@ -165,7 +164,7 @@ class RemoteWork:
                 "server": self.name, "id": str(job["id"]), "seconds": _number(job.get("inference_time_s")),
                 "peak_memory_mb": _number(job.get("peak_memory_mb")),
             },
-            "fallbacks": [f"made by {self.name}, which does not tell how; seed, steps and guidance are as it was asked"],
+            "fallbacks": [f"made by {self.name}, which does not tell how; seed and steps are those asked for"],
             "request": {name: getattr(request, name) for name in ASKED},
         }  # fmt: skip
 
@@ -264,6 +263,7 @@ class Server:
         return Unanswered(f"the server {self.name} does not answer ({why}); is it running, and is the address right?")
 
     def _failure(self, error: HTTPError) -> RemoteError:
+        said = ""
         with error, suppress(OSError, HTTPException):
             said = _message(error.read(2**14))
         said = f": {said}" if said else ""

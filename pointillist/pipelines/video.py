@@ -94,7 +94,7 @@ def remember_settings(source: Path, target: Path, settings: dict[str, Any]) -> N
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise OutputError(f"{str(target)!r} cannot be written: {done.stderr.strip()[:200]}")
+            raise OSError(done.stderr.strip()[:200])
         temporary.chmod(0o666 & ~_umask())
         os.replace(temporary, target)
     except OSError as error:
