@@ -140,7 +140,9 @@ class Job:
             now = time.monotonic()
             if now - self._previewed >= PREVIEW_SECONDS:
                 self._previewed = now
-                self._show(Preview(event.step, event.steps, event.look()))
+                frames = event.look()
+                if frames is not None:
+                    self._show(Preview(event.step, event.steps, frames))
 
     def _show(self, preview: Preview) -> None:
         with self._changed:

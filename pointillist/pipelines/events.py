@@ -25,8 +25,8 @@ class Step:
     step: int
     steps: int
     seconds_per_step: float | None = None
-    look: Callable[[], np.ndarray] | None = None
-    """Makes a preview of what there is by now, uint8 [F, h, w, 3]. Only the one who is told may call it, at once."""
+    look: Callable[[], np.ndarray | None] | None = None
+    """Makes a preview of what there is by now, uint8 [F, h, w, 3]; None where it cannot. Call it at once, or never."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pointillist.accel.patterns import pattern_class
 from pointillist.accel.plan import Plan, PlanError, Rule
@@ -19,6 +19,9 @@ from pointillist.accel.step_cache.table import CacheTable, is_table
 from pointillist.pipelines.events import Phase, Progress, Step, silent
 from pointillist.pipelines.kept import Kept, check_kept_file, save_kept
 from pointillist.pipelines.video import Clip, check_format, check_output, write_clips
+
+if TYPE_CHECKING:
+    from pointillist.pipelines.load import ModelError
 
 SPEEDS = ("exact", "quality", "balanced", "fast")
 DENSE_SHARE = 0.15
@@ -297,26 +300,46 @@ def run_accelerated(
     import numpy as np
     import torch
 
-    from pointillist.pipelines.load import ModelError
+    from pointillist.pipelines.latent_preview import clean, look
 
     steps, started = call["num_inference_steps"], time.perf_counter()
     velocities: list[Any] = []
+    latest: list[Any] = [None]
     progress(Step(f"{prefix}denoising", 0, steps))
 
     def after_step(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        progress(Step(f"{prefix}denoising", step + 1, steps, (time.perf_counter() - started) / (step + 1)))
+        latents = tensors["latents"]
+        if not torch.isfinite(latents).all():
+            raise _not_finite(pipe, f" in step {step + 1} of {steps}")
+
+        def see() -> np.ndarray | None:
+            noise = handle.sigmas[step + 1] if step + 1 < steps else 0.0
+            return look(pipe, clean(latents, latest[0], noise, pipe.scheduler))
+
+        progress(Step(f"{prefix}denoising", step + 1, steps, (time.perf_counter() - started) / (step + 1), see))
         if step + 1 == steps:
             progress(Phase(f"{prefix}decoding"))
         return tensors
 
-    if keep:
-        handle.watch_velocities(lambda velocity: velocities.append(velocity.to("cpu", copy=True)))
+    def seen(velocity: Any) -> None:
+        latest[0] = velocity
+        if keep:
+            velocities.append(velocity.to("cpu", copy=True))
+
+    handle.watch_velocities(seen)
     with torch.no_grad():
         result = pipe(**call, generator=_generator(seed), output_type="np", callback_on_step_end=after_step)
     frames, seconds = result.frames[0], time.perf_counter() - started
     if not np.isfinite(frames).all():
-        raise ModelError(f"the model made values that are not finite in {pipe.transformer.dtype}; try another --dtype")
+        raise _not_finite(pipe)
     return Run(frames, seconds, handle.report(), tuple(velocities), handle.sigmas)
+
+
+def _not_finite(pipe: Any, where: str = "") -> ModelError:
+    from pointillist.pipelines.load import ModelError
+
+    dtype = str(pipe.transformer.dtype).removeprefix("torch.")
+    return ModelError(f"the model made values that are not finite{where}, in {dtype}; try another --dtype")
 
 
 def describe(request: GenerateRequest, call: dict[str, Any], seed: int, fast: Run, dense: Run | None) -> dict[str, Any]:
