@@ -43,6 +43,7 @@ class Record:
     notes: Counter[str] = field(default_factory=Counter)
     """Fallbacks by their reasons, and whatever else a user should know."""
     grid: Grid | None = None
+    heads: int = 0
     backend: tuple[str, str] | None = None
     """Name and reason, once a sparse call has run."""
     decisions: list[tuple[int, str, bool, float | None]] = field(default_factory=list)
@@ -96,6 +97,8 @@ class Report:
     refreshed: tuple[float, ...] = ()
     """In what share of the steps each token was computed, likewise."""
     grid: Grid = (0, 0, 0)
+    heads: int = 0
+    """Of a site."""
     step_seconds: tuple[float, ...] = ()
     """Of every step in turn, to the end of the scheduler's step."""
     call_seconds: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -166,6 +169,7 @@ def make_report(record: Record, plan: str, plan_source: str, dense_backend: tupl
         held=dict(record.held),
         refreshed=_refreshed(record),
         grid=record.grid or (0, 0, 0),
+        heads=record.heads,
         step_seconds=tuple(seconds_between(begin, end) for begin, end in pairwise(moments)),
         call_seconds=_call_seconds(record),
         ages={step: tuple(age.long().flatten().bincount().tolist()) for step, age in record.ages.items()},

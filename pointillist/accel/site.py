@@ -106,6 +106,7 @@ class Site:
                 f"{self.name} was reached outside of its transformer's forward call, or accelerated "
                 "pipelines run in two threads at once; run one at a time in a process"
             )
+        record.heads = q.shape[2]
         start, density = now(q.device), None
         if self._runtime.rows is not None:
             out = self._part(self._runtime.rows, q, k, v, scale)
