@@ -269,6 +269,32 @@ class Recording:
             )
 
 
+@dataclass(frozen=True)
+class Recordings:
+    """The recordings of a folder, of which the newest are kept. They are named by their clips and steps."""
+
+    folder: Path
+    most: int = 3
+
+    def path(self, clip: Path, step: int) -> Path:
+        """Where that of a clip's step is, or goes."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return self.folder / f"{clip.stem}-{step}{SUFFIX}"
+
+    def find(self, clip: Path, step: int) -> Recording | None:
+        """That of a clip's step, if there is one that can be read."""
+        try:
+            return Recording.load(self.path(clip, step))
+        except OutputError:
+            return None
+
+    def make_room(self) -> None:
+        """Delete all but the newest, one fewer than may be."""
+        files = sorted(self.folder.glob(f"*{SUFFIX}"), key=lambda path: path.stat().st_mtime, reverse=True)
+        for old in files[max(0, self.most - 1) :]:
+            old.unlink(missing_ok=True)
+
+
 SIDES = ("query_order", "query_bounds", "key_order", "key_bounds")
 
 

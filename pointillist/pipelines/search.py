@@ -125,8 +125,9 @@ def search(
     if request.shard is None:
         profile, here = machine(request.hardware, found.study.dtype, pipe.device, tell)
     if not request.merging:
-        found.measure(request.shard or (0, 1))
+        request.folder.mkdir(parents=True, exist_ok=True)
         write(request.folder / "request.json", json.dumps(request.asked).encode())
+        found.measure(request.shard or (0, 1))
     if request.shard is not None:
         return SearchResult(None, request.output)
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,22 @@ def read_clip(path: Path) -> np.ndarray:
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise OutputError(f"{str(path)!r} cannot be read as a clip: {reason}") from error
     return np.atleast_3d(pixels).reshape(-1, *pixels.shape[-3:]) / 255
+
+
+def read_frames(path: Path, numbers: Sequence[int]) -> np.ndarray:
+    """Some frames of a file, ascending, as uint8 [n, H, W, 3]; others take no memory. Raises OutputError."""
+    import imageio.v3 as iio
+
+    if path.suffix.lower() != ".mp4":
+        return to_pixels(read_clip(path)[list(numbers)])
+    wanted = set(numbers)
+    try:
+        found = [frame for number, frame in enumerate(iio.imiter(path, plugin="FFMPEG")) if number in wanted]
+    except (OSError, ValueError, RuntimeError) as error:
+        raise OutputError(f"{str(path)!r} cannot be read as a clip: {str(error).partition(chr(10))[0]}") from error
+    if len(found) != len(wanted):
+        raise OutputError(f"{str(path)!r} has fewer frames than {max(wanted) + 1}")
+    return np.stack(found)
 
 
 def read_settings(path: Path) -> dict[str, Any]:

@@ -22,11 +22,16 @@ import gradio as gr
 
 from pointillist.pipelines.engine import Engine
 from pointillist.pipelines.outputs import Outputs
-from pointillist.web import generate
+from pointillist.web import generate, inspect, repaint, search
 from pointillist.web.shared import Shared
 from pointillist.web.style import CSS
 
-TABS: tuple[tuple[str, str, ModuleType], ...] = (("generate", "Generate", generate),)
+TABS: tuple[tuple[str, str, ModuleType], ...] = (
+    ("generate", "Generate", generate),
+    ("inspect", "Inspect", inspect),
+    ("search", "Search", search),
+    ("repaint", "Repaint", repaint),
+)
 """Id, title and module of every tab, in their order."""
 
 
