@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import typer
 
+from pointillist.cli import app as web_app
 from pointillist.cli import bench, compare, env, generate, plan, repaint, search
 from pointillist.pipelines.failures import explain
 
@@ -23,6 +24,7 @@ app.command("generate")(generate.command)
 app.command("repaint")(repaint.command)
 app.command("compare")(compare.command)
 app.command("env")(env.command)
+app.command("app")(web_app.command)
 app.add_typer(plan.app, name="plan")
 app.add_typer(bench.app, name="bench")
 app.add_typer(search.app, name="search")

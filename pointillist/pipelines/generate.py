@@ -79,6 +79,8 @@ class GenerateRequest:
     device: str | None = None
     dtype: str | None = None
     download: bool = False
+    warm_up: bool = True
+    """Run one untimed step first, so that the times are those of any later run."""
 
     def __post_init__(self) -> None:
         if not self.prompt.strip():
@@ -172,10 +174,17 @@ def generate(request: GenerateRequest, progress: Progress = silent, load: Load |
     seed = request.seed if request.seed is not None else secrets.randbelow(2**31)
     loaded = time.perf_counter() - started
 
-    dense = run_once(pipe, "none", call, seed, progress, "dense", request.dense) if request.compare else None
+    warm_up = request.warm_up
+    dense = (
+        run_once(pipe, "none", call, seed, progress, "dense", request.dense, warm_up=warm_up)
+        if request.compare
+        else None
+    )
     label = "accelerated" if request.compare else ""
     keep = request.keep is not None
-    fast = run_once(pipe, plan, call, seed, progress, label, request.dense, request.cache, request.regions, keep)
+    fast = run_once(
+        pipe, plan, call, seed, progress, label, request.dense, request.cache, request.regions, keep, warm_up
+    )
     facts = describe(request, call, seed, fast, dense)
     facts["load_seconds"] = round(loaded, 3)
 
@@ -266,8 +275,9 @@ def run_once(
     cache: str = "auto",
     regions: str = "auto",
     keep: bool = False,
+    warm_up: bool = True,
 ) -> Run:
-    """Run under `plan`, after one untimed step that warms everything up.
+    """Run under `plan`, after one untimed step that warms everything up, if it should.
 
     Raises:
         ModelError: the model made values that are not finite.
@@ -277,6 +287,9 @@ def run_once(
     from pointillist.accel.conflicts import targets_of
 
     prefix = f"{label}: " if label else ""
+    if not warm_up:
+        with accelerate(pipe, plan, cache=cache, regions=regions, dense=dense) as handle:
+            return run_accelerated(pipe, handle, call, seed, progress, prefix, keep)
     chosen = choose_plan(plan, targets_of(pipe, sparse=plan != "none")).plan
     once = "none" if chosen is None else replace(chosen, schedule=Schedule(), cache=None, regions=None)
     with accelerate(pipe, once, dense=dense):

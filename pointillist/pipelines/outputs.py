@@ -51,6 +51,11 @@ class Outputs:
         return sorted(found, key=lambda path: path.name, reverse=True)
 
     @property
+    def plans(self) -> list[Path]:
+        """Plan files that searches from the page have left, in `plans/`."""
+        return sorted((self.folder / "plans").glob("*.safetensors"))
+
+    @property
     def used(self) -> int:
         """Bytes."""
         files = self.folder.iterdir() if self.folder.is_dir() else ()

@@ -22,29 +22,32 @@ import gradio as gr
 
 from pointillist.pipelines.engine import Engine
 from pointillist.pipelines.outputs import Outputs
-from pointillist.web import generate, inspect, repaint, search
+from pointillist.web import compare, gallery, generate, inspect, repaint, search, system
 from pointillist.web.shared import Shared
 from pointillist.web.style import CSS
 
 TABS: tuple[tuple[str, str, ModuleType], ...] = (
     ("generate", "Generate", generate),
+    ("compare", "Compare", compare),
     ("inspect", "Inspect", inspect),
     ("search", "Search", search),
     ("repaint", "Repaint", repaint),
+    ("gallery", "Gallery", gallery),
+    ("system", "System", system),
 )
 """Id, title and module of every tab, in their order."""
 
 
-def build(engine: Engine, outputs: Outputs) -> gr.Blocks:
-    """The page. `css()` is given to its launch."""
+def build(engine: Engine, outputs: Outputs, models: tuple[str, ...] = (), any_model: bool = False) -> gr.Blocks:
+    """The page. `css()` is given to its launch. For `models` and `any_model` see `Shared`."""
     with gr.Blocks(title="Pointillist", analytics_enabled=False, fill_width=True) as page:
         clip = gr.BrowserState("", storage_key="pointillist-clip", secret="pointillist")
         settings, plan = gr.State(None), gr.State(None)
+        gr.HTML('<div class="banner"><b>Pointillist</b><span>video, accelerated: see what is computed</span></div>')
         with gr.Tabs(elem_id="tabs") as tabs:
-            shared = Shared(page, tabs, outputs, clip, settings, plan)
             for name, title, module in TABS:
-                with gr.Tab(title, id=name, elem_id=f"tab-{name}"):
-                    module.tab(engine, shared)
+                with gr.Tab(title, id=name, elem_id=f"tab-{name}", render_children=True) as here:
+                    module.tab(engine, Shared(page, tabs, here, outputs, clip, settings, plan, models, any_model))
     return page
 
 

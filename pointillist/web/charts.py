@@ -23,8 +23,8 @@ DENSITY = "#2e86ab"
 REUSED = "#b9b4a8"
 
 CSS = """
-:root { --kind-dense: #20304f; --kind-sparse: #2e86ab; --kind-region: #d9a441; --kind-cached: #cfcabd; }
-.dark { --kind-dense: #8fa6dd; --kind-sparse: #3fa0c9; --kind-region: #d9a441; --kind-cached: #5b5f6b; }
+:root { --kind-dense: #64748b; --kind-sparse: #f97316; --kind-region: #14b8a6; --kind-cached: #cbd5e1; }
+.dark { --kind-dense: #94a3b8; --kind-cached: #334155; }
 .chart { color: var(--body-text-color); font-size: var(--text-sm); }
 .chart p { margin: .15rem 0 .5rem; max-width: 90ch; }
 .chart .soft { color: var(--body-text-color-subdued); }
@@ -43,18 +43,18 @@ CSS = """
 .map button:hover { outline: 2px solid var(--primary-400); }
 .map button.on { outline: 3px solid var(--primary-500); outline-offset: 1px; }
 .dark .map button { border-color: #ffffff40; }
-.legend { display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; margin-top: .5rem; font-size: var(--text-sm); }
-.legend span { display: inline-flex; align-items: baseline; gap: .4em; }
-.legend i { width: 12px; height: 12px; border-radius: 3px; display: inline-block; flex: none; }
-.dark .legend i { box-shadow: 0 0 0 1px #ffffff40; }
-.steps { display: flex; align-items: flex-end; gap: 2px; height: 84px; }
-.steps button { flex: 1 1 0; min-width: 10px; height: 100%; display: flex; flex-direction: column; border: 0;
+.chart-legend { display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; margin-top: .5rem; font-size: var(--text-sm); }
+.chart-legend span { display: inline-flex; align-items: baseline; gap: .4em; }
+.chart-legend i { width: 12px; height: 12px; border-radius: 3px; display: inline-block; flex: none; }
+.dark .chart-legend i { box-shadow: 0 0 0 1px #ffffff40; }
+.step-bars { display: flex; align-items: flex-end; gap: 2px; height: 84px; }
+.step-bars button { flex: 1 1 0; min-width: 10px; height: 100%; display: flex; flex-direction: column; border: 0;
   justify-content: flex-end; background: none; color: var(--body-text-color-subdued); font-size: 11px;
   line-height: 1.3; padding: 0; }
-.steps i { display: block; width: 100%; border-radius: 3px 3px 0 0; min-height: 4px; }
-.steps button:hover i { filter: brightness(1.15); }
-.steps button.on { color: var(--body-text-color); font-weight: 700; }
-.steps button.on i { box-shadow: 0 0 0 2px var(--primary-500); }
+.step-bars i { display: block; width: 100%; border-radius: 3px 3px 0 0; min-height: 4px; }
+.step-bars button:hover i { filter: brightness(1.15); }
+.step-bars button.on { color: var(--body-text-color); font-weight: 700; }
+.step-bars button.on i { box-shadow: 0 0 0 2px var(--primary-500); }
 .bill { display: grid; grid-template-columns: max-content 1fr max-content; gap: 3px .6rem; align-items: center; }
 .bill .bars { display: grid; gap: 1px; }
 .bill .bars i { display: block; height: 7px; border-radius: 2px; min-width: 2px; }
@@ -118,13 +118,13 @@ def _legend(view: View, by: str, colours: dict[str, str]) -> str:
             f'<span><i style="background:{mixed(DENSITY, 0.12 + 0.88 * share)}"></i>{share:.0%}</span>'
             for share in (0.05, 0.25, 0.5, 1.0)
         )
-        return f'<div class="legend"><span class="soft">of the pairs are kept:</span>{steps}</div>'
+        return f'<div class="chart-legend"><span class="soft">of the pairs are kept:</span>{steps}</div>'
     used = dict.fromkeys(rule.pattern for rule in view.phase.rules)
     items = "".join(
         f'<span title="{escape(PATTERNS[name])}"><i style="background:{colours.get(name, DENSITY)}"></i>{name}</span>'
         for name in used
     )
-    return f'<div class="legend">{items}<span class="soft">numbers: % of the pairs that a head keeps</span></div>'
+    return f'<div class="chart-legend">{items}<span class="soft">numbers: % of the pairs that a head keeps</span></div>'
 
 
 def steps_chart(kinds: Sequence[str], seconds: Sequence[float], chosen: int | None = None) -> str:
@@ -145,8 +145,8 @@ def steps_chart(kinds: Sequence[str], seconds: Sequence[float], chosen: int | No
         f'<span><i style="background:var(--kind-{kind})"></i>{names.get(kind, kind)} {list(kinds).count(kind)}</span>'
         for kind in present
     )
-    drawn = f'<div class="scroll"><div class="steps">{bars}</div></div>'
-    return f'<div class="chart">{drawn}<div class="legend">{items}</div></div>'
+    drawn = f'<div class="scroll"><div class="step-bars">{bars}</div></div>'
+    return f'<div class="chart">{drawn}<div class="chart-legend">{items}</div></div>'
 
 
 def bill(layers: Sequence[dict[str, float]], title: str, sentence: str) -> str:
@@ -164,7 +164,7 @@ def bill(layers: Sequence[dict[str, float]], title: str, sentence: str) -> str:
     items = "".join(f'<span><i style="background:var(--kind-{kind})"></i>{kind}</span>' for kind in kinds)
     return (
         f'<div class="chart"><h4>{escape(title)}</h4><p class="soft">{escape(sentence)}</p>'
-        f'<div class="bill">{"".join(rows)}</div><div class="legend">{items}</div></div>'
+        f'<div class="bill">{"".join(rows)}</div><div class="chart-legend">{items}</div></div>'
     )
 
 
@@ -202,7 +202,7 @@ def curve(points: Sequence[Point], chosen: int | None = None) -> str:
         if number == chosen:
             dots.append(f'<circle class="ring" cx="{place[0]:.1f}" cy="{place[1]:.1f}" r="11"/>')
     legend = (
-        '<div class="legend"><span><i style="border:2px solid var(--kind-sparse)"></i>predicted</span>'
+        '<div class="chart-legend"><span><i style="border:2px solid var(--kind-sparse)"></i>predicted</span>'
         '<span><i style="background:var(--kind-dense)"></i>run on a held-out prompt</span>'
         '<span class="soft">across: speed-up of denoising; up: PSNR against dense, dB</span></div>'
     )

@@ -48,48 +48,59 @@ class JobPanel:
         """
         self._engine, self._finished, self._progressed = engine, finished, progressed
         self._outputs = list(outputs)
-        self._ticket = gr.BrowserState("", storage_key=f"pointillist-job-{name}", secret="pointillist")
-        self._seen = gr.State(0)
+        self._tickets = gr.BrowserState([], storage_key=f"pointillist-jobs-{name}", secret="pointillist")
+        self._new, self._seen = gr.State(""), gr.State(0)
         self._status = gr.HTML("", elem_id=f"job-{name}", elem_classes="job-status")
         self._cancel = gr.Button("Cancel", variant="stop", visible=False, elem_id=f"cancel-{name}", size="sm")
         self._timer = gr.Timer(TICK, active=False)
-        self.begun: list[Any] = [self._ticket, self._seen, self._status, self._cancel, self._timer]
+        self.begun: list[Any] = [self._new, self._seen, self._status, self._cancel, self._timer]
         """What `begin` and `refuse` give values of."""
-        watched = [*self.begun, *self._outputs]
+        mine = [self._tickets, self._new]
+        watched = [self._tickets, *self.begun, *self._outputs]
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-        self._timer.tick(self._look, [self._ticket, self._seen], watched, trigger_mode="once", **quiet)
-        shared.page.load(self._found_again, self._ticket, self.begun, **quiet)
-        self._cancel.click(self._stop, self._ticket, self._cancel, **quiet)
+        self._timer.tick(self._look, [*mine, self._seen], watched, trigger_mode="once", **quiet)
+        shared.page.load(self._found_again, self._tickets, self.begun, **quiet)
+        self._cancel.click(self._stop, mine, self._cancel, **quiet)
 
     def begin(self, job: Job) -> list[Any]:
-        """Watch this job from now on."""
+        """Watch this job from now on; earlier ones of this browser come first."""
         return [job.id, 0, self._words(job), gr.Button("Cancel", visible=True, interactive=True), gr.Timer(active=True)]
 
     def refuse(self, sentence: str) -> list[Any]:
         """Say why no job was begun; one that runs is watched further."""
         return [gr.skip(), gr.skip(), failure(sentence), gr.skip(), gr.skip()]
 
-    def _found_again(self, ticket: str) -> list[Any]:
-        """After the page was loaded."""
-        job = self._engine.job(ticket)
-        return [gr.skip()] * 5 if job is None else self.begin(job)
+    def _jobs(self, tickets: list[str], new: str = "") -> list[Job]:
+        """Those that were begun here and whose end was not shown, first come first."""
+        names = [*tickets, *([new] if new and new not in tickets else [])]
+        return [job for name in names if (job := self._engine.job(name)) is not None]
 
-    def _look(self, ticket: str, seen: int) -> list[Any]:
+    def _found_again(self, tickets: list[str]) -> list[Any]:
+        """After the page was loaded."""
+        jobs = self._jobs(tickets)
+        return ["", *self.begin(jobs[0])[1:]] if jobs else [gr.skip()] * 5
+
+    def _look(self, tickets: list[str], new: str, seen: int) -> list[Any]:
         unchanged = [gr.skip()] * len(self._outputs)
-        job = self._engine.job(ticket)
-        if job is None:
-            return ["", 0, "", gr.Button(visible=False), gr.Timer(active=False), *unchanged]
-        ended, version = job.ended_with, job.version
+        jobs = self._jobs(tickets, new)
+        if not jobs:
+            return [[], "", 0, gr.skip(), gr.Button(visible=False), gr.Timer(active=False), *unchanged]
+        job, others = jobs[0], len(jobs) - 1
+        ended, version, words = job.ended_with, job.version, self._words(job)
         if ended is None:
             told = version != seen and self._progressed is not None and job.state == "running"
-            new = list(self._progressed(job)) if told and self._progressed is not None else unchanged
-            return [gr.skip(), version, self._words(job), gr.skip(), gr.skip(), *new]
-        over = [gr.skip(), version, self._words(job), gr.Button(visible=False), gr.Timer(active=False)]
-        return [*over, *(self._finished(job) if isinstance(ended, Done) else unchanged)]
+            new_values = list(self._progressed(job)) if told and self._progressed is not None else unchanged
+            more = f'<div class="job-more">and {others} of yours after it</div>' if others else ""
+            names = [each.id for each in jobs]
+            kept = gr.skip() if names == tickets else names
+            return [kept, gr.skip(), version, words + more, gr.skip(), gr.skip(), *new_values]
+        left = [each.id for each in jobs[1:]]
+        button = gr.Button("Cancel", visible=bool(left), interactive=True)
+        results = self._finished(job) if isinstance(ended, Done) else unchanged
+        return [left, "" if job.id == new else gr.skip(), 0, words, button, gr.Timer(active=bool(left)), *results]
 
-    def _stop(self, ticket: str) -> Any:
-        job = self._engine.job(ticket)
-        if job is not None:
+    def _stop(self, tickets: list[str], new: str) -> Any:
+        for job in self._jobs(tickets, new)[:1]:
             job.cancel()
         return gr.Button("Cancelling …", interactive=False)
 

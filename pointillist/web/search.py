@@ -8,6 +8,7 @@ from typing import Any
 import gradio as gr
 
 from pointillist.accel.plan import PlanError
+from pointillist.files import write_whole
 from pointillist.pipelines.engine import Engine, Job
 from pointillist.pipelines.load import EMBEDDED_FRAMES, EMBEDDED_SIDES
 from pointillist.pipelines.points import read_points
@@ -121,7 +122,10 @@ def tab(engine: Engine, shared: Shared) -> None:
         found = [] if folder is None else read_points(folder)
         if number is None or number >= len(found):
             return [gr.skip(), gr.skip()]
-        return [str(found[number][1]), gr.Tabs(selected="generate")]
+        plan = shared.outputs.folder / "plans" / f"searched-{name[:15]}-point-{number}.safetensors"
+        plan.parent.mkdir(exist_ok=True)
+        write_whole(plan, found[number][1].read_bytes())
+        return [str(plan), gr.Tabs(selected="generate")]
 
     wish.change(lambda wish: _number_field(wish), wish, number, **QUIET)
     asked = [wish, number, model, width, height, frames, steps, verify, reuse]

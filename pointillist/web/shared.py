@@ -17,6 +17,8 @@ class Shared:
     """For `page.load`."""
     tabs: gr.Tabs
     """As an output, `gr.Tabs(selected="generate")` goes there."""
+    here: gr.Tab
+    """The tab that is drawn. For `here.select`: it was opened."""
     outputs: Outputs
     """The finished clips."""
     clip: gr.BrowserState
@@ -26,3 +28,7 @@ class Shared:
     """A dict of `generate`'s facts: what is written here, Generate puts into its controls. None is nothing."""
     plan: gr.State
     """The path of a plan file: what is written here, Generate adds to its list of plans, and chooses."""
+    models: tuple[str, ...] = ()
+    """Folders and Hub ids that whoever started the page offers, beside those in the Hub's cache."""
+    any_model: bool = False
+    """Whether any folder may be named: only where the page is for this machine alone."""
