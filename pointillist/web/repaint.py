@@ -16,6 +16,7 @@ from pointillist.pipelines.mask import save_mask
 from pointillist.pipelines.repaint import Prediction, RepaintRequest, predict
 from pointillist.pipelines.video import OutputError, read_frames
 from pointillist.web.job_panel import JobPanel, duration, failure
+from pointillist.web.limits import cleaned
 from pointillist.web.shared import Shared
 
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
@@ -115,7 +116,7 @@ def tab(engine: Engine, shared: Shared) -> None:
         try:
             output = shared.outputs.new()
             mask = output.with_name(f"{output.stem}_mask.png")
-            asked = request(name, drawn, text, prompt, strength, refresh, output, mask)
+            asked = request(name, drawn, text, cleaned(prompt), strength, refresh, output, mask)
             return panel.begin(engine.submit(asked, previews=True))
         except (ValueError, OSError) as error:
             return panel.refuse(str(error))

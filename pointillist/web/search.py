@@ -11,6 +11,7 @@ from pointillist.accel.plan import PlanError
 from pointillist.files import write_whole
 from pointillist.pipelines.engine import Engine, Job
 from pointillist.pipelines.load import EMBEDDED_FRAMES, EMBEDDED_SIDES
+from pointillist.pipelines.outline import models_here
 from pointillist.pipelines.points import read_points
 from pointillist.pipelines.search import SearchRequest
 from pointillist.pipelines.searches import Searches
@@ -39,7 +40,10 @@ def tab(engine: Engine, shared: Shared) -> None:
         with gr.Column(scale=2, min_width=300):
             wish = gr.Radio([*NAMED, FASTER, BETTER], value="balanced", label="Wish", elem_id="search-wish")
             number = gr.Number(2.0, label="How many", visible=False, elem_id="search-number")
-            model = gr.Textbox("embedded", label="Model", info="embedded, a Hub id or a folder", elem_id="search-model")
+            model = gr.Dropdown(
+                list(dict.fromkeys([*models_here(), *shared.models])), value="embedded", label="Model",
+                allow_custom_value=shared.any_model, elem_id="search-model",
+            )  # fmt: skip
             with gr.Row():
                 width = _choice("Width", EMBEDDED_SIDES, "search-width")
                 height = _choice("Height", EMBEDDED_SIDES, "search-height")
@@ -96,6 +100,8 @@ def tab(engine: Engine, shared: Shared) -> None:
     def begin(wish: str, number: float, model: str, *rest: Any) -> list[Any]:
         width, height, frames, steps, verify, reuse = rest
         try:
+            if model not in models_here() and model not in shared.models and not shared.any_model:
+                raise ValueError(f"the model {model!r:.80} is not offered here")
             asked = _wished(wish, number)
             sizes = {"width": width, "height": height, "frames": frames, "steps": steps}
             asked |= {name: _number(name, value) for name, value in sizes.items()}
