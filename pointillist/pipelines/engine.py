@@ -262,6 +262,7 @@ class LocalWork:
 
     def __call__(self, request: Any, progress: Progress) -> Any:
         from pointillist.pipelines.generate import GenerateRequest, generate
+        from pointillist.pipelines.inspect import InspectRequest, inspect
         from pointillist.pipelines.repaint import RepaintRequest, repaint
         from pointillist.pipelines.search import SearchRequest, search
 
@@ -269,6 +270,7 @@ class LocalWork:
             GenerateRequest: generate,
             RepaintRequest: repaint,
             SearchRequest: search,
+            InspectRequest: inspect,
         }
         if type(request) not in kinds:
             raise TypeError(f"a {type(request).__name__} is no request; {', '.join(k.__name__ for k in kinds)} are")

@@ -366,6 +366,11 @@ def describe(request: GenerateRequest, call: dict[str, Any], seed: int, fast: Ru
         "dense_backend": report.dense_backend, "dense_reason": report.dense_reason,
         "seconds": _seconds(fast), "density": report.density, "density_overall": report.density_overall,
         "steps_run": report.steps, "kinds": list(report.kinds), "cache": report.cache or "none",
+        "grid": list(report.grid), "heads": report.heads, "sigmas": list(fast.sigmas),
+        "step_seconds": list(report.step_seconds),
+        "call_ms": {
+            site: {kind: 1e3 * each for kind, each in kinds.items()} for site, kinds in report.call_seconds.items()
+        },
         "fallbacks": list(report.fallbacks),
         "request": {name: getattr(request, name) for name in ASKED},
     }  # fmt: skip

@@ -15,7 +15,7 @@ from pointillist.pipelines import events
 
 if TYPE_CHECKING:
     from pointillist.accel.step_cache.table import CacheTable
-    from pointillist.search.find import Found, Search
+    from pointillist.search.find import Curve, Found, Search
     from pointillist.search.study import Study
 
 EMBEDDED_PROMPTS = (
@@ -99,6 +99,7 @@ def search(
 
     from pointillist.hardware.profile import load_profile
     from pointillist.pipelines.load import load_pipeline
+    from pointillist.pipelines.points import write_points
     from pointillist.search.profile import write
     from pointillist.search.wish import Wish
 
@@ -124,11 +125,18 @@ def search(
     if request.shard is None:
         profile, here = machine(request.hardware, found.study.dtype, pipe.device, tell)
     if not request.merging:
-        found.measure(request.shard or (0, 1))
+        request.folder.mkdir(parents=True, exist_ok=True)
         write(request.folder / "request.json", json.dumps(request.asked).encode())
+        found.measure(request.shard or (0, 1))
     if request.shard is not None:
         return SearchResult(None, request.output)
-    plan = found.find(wish, request.output.stem, profile, verify, here)
+
+    def keep(curve: Curve) -> None:
+        write_points(request.folder, curve)
+        progress(events.Phase(f"the curve has {len(curve)} points"))
+
+    plan = found.find(wish, request.output.stem, profile, verify, here, keep)
+    write_points(request.folder, tuple(zip(plan.record.points, plan.plans, strict=True)))
     plan.record.save(plan.plan, request.output)
     return SearchResult(plan, request.output)
 

@@ -6,7 +6,9 @@ import json
 import os
 import shutil
 import struct
+import subprocess
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -82,6 +84,29 @@ def write_clips(clips: dict[Path, Clip], fps: int) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def remember_settings(source: Path, target: Path, settings: dict[str, Any]) -> None:
+    """Write an MP4 as it is, with settings in its metadata, whole or not at all. Raises OutputError."""
+    import imageio_ffmpeg
+
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.stem}.", suffix=".mp4")
+    os.close(handle)
+    temporary = Path(name)
+    command = [
+        imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", "-i", str(source), "-map", "0:v", "-c", "copy",
+        "-metadata", f"comment={json.dumps(settings, allow_nan=False)}", "-movflags", "+faststart", str(temporary),
+    ]  # fmt: skip
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise OSError(done.stderr.strip()[:200])
+        temporary.chmod(0o666 & ~_umask())
+        os.replace(temporary, target)
+    except OSError as error:
+        raise OutputError(f"{str(target)!r} cannot be written: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def read_clip(path: Path) -> np.ndarray:
     """Frames of a file as float64 [F, H, W, 3] in [0, 1]."""
     import imageio.v3 as iio
@@ -99,6 +124,22 @@ def read_clip(path: Path) -> np.ndarray:
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise OutputError(f"{str(path)!r} cannot be read as a clip: {reason}") from error
     return np.atleast_3d(pixels).reshape(-1, *pixels.shape[-3:]) / 255
+
+
+def read_frames(path: Path, numbers: Sequence[int]) -> np.ndarray:
+    """Some frames of a file, ascending, as uint8 [n, H, W, 3]; others take no memory. Raises OutputError."""
+    import imageio.v3 as iio
+
+    if path.suffix.lower() != ".mp4":
+        return to_pixels(read_clip(path)[list(numbers)])
+    wanted = set(numbers)
+    try:
+        found = [frame for number, frame in enumerate(iio.imiter(path, plugin="FFMPEG")) if number in wanted]
+    except (OSError, ValueError, RuntimeError) as error:
+        raise OutputError(f"{str(path)!r} cannot be read as a clip: {str(error).partition(chr(10))[0]}") from error
+    if len(found) != len(wanted):
+        raise OutputError(f"{str(path)!r} has fewer frames than {max(wanted) + 1}")
+    return np.stack(found)
 
 
 def read_settings(path: Path) -> dict[str, Any]:

@@ -22,13 +22,16 @@ import gradio as gr
 
 from pointillist.pipelines.engine import Engine
 from pointillist.pipelines.outputs import Outputs
-from pointillist.web import compare, gallery, generate, system
+from pointillist.web import compare, gallery, generate, inspect, repaint, search, system
 from pointillist.web.shared import Shared
 from pointillist.web.style import CSS
 
 TABS: tuple[tuple[str, str, ModuleType], ...] = (
     ("generate", "Generate", generate),
     ("compare", "Compare", compare),
+    ("inspect", "Inspect", inspect),
+    ("search", "Search", search),
+    ("repaint", "Repaint", repaint),
     ("gallery", "Gallery", gallery),
     ("system", "System", system),
 )
