@@ -31,7 +31,7 @@ CSS = """
 .chart h4 { margin: .1rem 0; font-size: var(--text-md); font-weight: 600; }
 .chart .scroll { overflow-x: auto; padding-bottom: 4px; }
 .chart button { cursor: pointer; font: inherit; }
-.map { border-collapse: separate; border-spacing: 2px; margin: 0; width: 100%; table-layout: fixed; }
+.chart .map { border-collapse: separate; border-spacing: 2px; margin: 0; width: 100%; table-layout: fixed; border: 0; }
 .map th, .map td { padding: 0; border: 0; text-align: center; font-weight: 400; color: var(--body-text-color-subdued);
   background: none; }
 .map th:first-child { width: 4.6em; text-align: right; padding-right: .5em; white-space: nowrap; }
@@ -51,10 +51,11 @@ CSS = """
 .step-bars button { flex: 1 1 0; min-width: 10px; height: 100%; display: flex; flex-direction: column; border: 0;
   justify-content: flex-end; background: none; color: var(--body-text-color-subdued); font-size: 11px;
   line-height: 1.3; padding: 0; }
-.step-bars i { display: block; width: 100%; border-radius: 3px 3px 0 0; min-height: 4px; }
+.step-bars i { display: block; width: 100%; border-radius: 3px 3px 0 0; min-height: 4px; flex: none; }
+.step-bars b { display: block; height: 15px; flex: none; font-weight: inherit; }
 .step-bars button:hover i { filter: brightness(1.15); }
 .step-bars button.on { color: var(--body-text-color); font-weight: 700; }
-.step-bars button.on i { box-shadow: 0 0 0 2px var(--primary-500); }
+.step-bars button.on i { box-shadow: inset 0 0 0 2px var(--body-text-color); }
 .bill { display: grid; grid-template-columns: max-content 1fr max-content; gap: 3px .6rem; align-items: center; }
 .bill .bars { display: grid; gap: 1px; }
 .bill .bars i { display: block; height: 7px; border-radius: 2px; min-width: 2px; }
@@ -135,8 +136,8 @@ def steps_chart(kinds: Sequence[str], seconds: Sequence[float], chosen: int | No
     bars = "".join(
         f'<button data-pick="{step}"{" class=on" if step == chosen else ""} aria-label="step {step}: {kind}" '
         f'title="step {step}: {kind}, {duration(time)}">'
-        f'<i style="height:{72 * time / longest:.1f}%;background:var(--kind-{kind})"></i>'
-        f"{step if step % numbered == 0 else '&nbsp;'}</button>"
+        f'<i style="height:{66 * time / longest:.1f}px;background:var(--kind-{kind})"></i>'
+        f"<b>{step if step % numbered == 0 else ''}</b></button>"
         for step, (kind, time) in enumerate(zip(kinds, timed, strict=True))
     )
     present = [kind for kind in ("dense", "sparse", "region", "cached") if kind in kinds]

@@ -57,6 +57,7 @@ def tab(engine: Engine, shared: Shared) -> None:
             with gr.Row():
                 load = gr.Button("Load settings", variant="primary", size="sm", elem_id="gallery-load", min_width=110)
                 compare = gr.Button("Compare", size="sm", elem_id="gallery-compare", min_width=90)
+                inspect = gr.Button("Inspect", size="sm", elem_id="gallery-inspect", min_width=90)
                 repaint = gr.Button("Repaint", size="sm", elem_id="gallery-repaint", min_width=90)
                 delete = gr.Button("Delete", size="sm", variant="stop", elem_id="gallery-delete", min_width=90)
             with gr.Accordion("Settings", open=False):
@@ -92,7 +93,7 @@ def tab(engine: Engine, shared: Shared) -> None:
     more.click(lambda most: most + PAGE, count, count, **QUIET).then(fill, count, shown, **QUIET)
     cards.select(choose, None, [chosen, side, video, picture, words, used], **QUIET)
     load.click(settings, chosen, [shared.settings, shared.tabs], **QUIET)
-    for button, there in ((compare, "compare"), (repaint, "repaint")):
+    for button, there in ((compare, "compare"), (inspect, "inspect"), (repaint, "repaint")):
         button.click(
             lambda name, there=there: [name, gr.Tabs(selected=there)], chosen, [shared.clip, shared.tabs], **QUIET
         )

@@ -54,6 +54,7 @@ def tab(engine: Engine, shared: Shared) -> None:
             details = gr.HTML("", elem_id="generate-details")
             with gr.Row(visible=False, elem_id="generate-next") as then:
                 compare = gr.Button("Compare with dense", size="sm", elem_id="generate-compare")
+                inspect = gr.Button("Look inside", size="sm", elem_id="generate-inspect")
                 repaint = gr.Button("Repaint a region", size="sm", elem_id="generate-repaint")
             with gr.Accordion("Settings of this clip", open=False, visible=False) as more:
                 used = gr.JSON(show_label=False, elem_id="generate-used")
@@ -114,6 +115,7 @@ def tab(engine: Engine, shared: Shared) -> None:
         lambda path, model: offered(shared, path, model), [shared.plan, controls["model"]], controls["plan"], **QUIET
     )
     compare.click(lambda: gr.Tabs(selected="compare"), None, shared.tabs, **QUIET)
+    inspect.click(lambda: gr.Tabs(selected="inspect"), None, shared.tabs, **QUIET)
     repaint.click(lambda: gr.Tabs(selected="repaint"), None, shared.tabs, **QUIET)
     connect_drop(controls["drop"], shared)
     connect_presets(controls, inputs)

@@ -14,7 +14,9 @@ WIDEST = 224
 """Pixels of a frame in a film."""
 STOPS = ((0.0, "#fbf9f4"), (0.35, "#bcd3df"), (0.7, "#2e86ab"), (1.0, "#14213a"))
 KEPT, DROPPED = (32, 48, 79), (244, 241, 234)
-GLOW, OWN = np.array([255, 196, 61]), (209, 73, 91)
+GLOW, LOST, OWN = np.array([255, 190, 40]), np.array([110, 130, 255]), (255, 45, 85)
+"""Attention that the plan keeps, that it drops, and the token itself."""
+LIGHT = np.array([0.3, 0.59, 0.11])
 BRIGHTEST = 8.0
 """Attention in units of a uniform one that is drawn darkest."""
 
@@ -25,11 +27,11 @@ CSS = """
 .pair .square { position: relative; }
 .pair img { width: 100%; aspect-ratio: 1; image-rendering: pixelated; display: block; border-radius: 4px;
   border: 1px solid var(--block-border-color); }
-.film { display: grid; grid-template-columns: repeat(auto-fill, minmax(132px, 1fr)); gap: .5rem; }
+.film { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: .5rem; max-width: 1400px; }
 .film figure { margin: 0; }
 .film img { width: 100%; display: block; border-radius: 4px; cursor: crosshair; }
 .film figcaption { font-size: 12px; color: var(--body-text-color-subdued); font-variant-numeric: tabular-nums; }
-.film .own img { outline: 3px solid #d1495b; outline-offset: 1px; }
+.film .own img { outline: 3px solid #ff2d55; outline-offset: 1px; }
 """
 
 
@@ -47,7 +49,7 @@ def head_pair(attention: np.ndarray, kept: np.ndarray, frames: int) -> str:
 
 
 def film(shown: np.ndarray, seen: Seen, token: int) -> str:
-    """What a token sees, over a frame of the clip for each latent frame; what the plan drops is dark.
+    """What a token sees, over a frame of the clip for each latent frame; blue where the plan drops it.
 
     Args:
         shown: uint8 [T, H, W, 3], a frame of the clip for each latent frame.
@@ -63,7 +65,8 @@ def film(shown: np.ndarray, seen: Seen, token: int) -> str:
         down, across = np.arange(height) * rows // height, np.arange(width) * columns // width
         heat = np.sqrt((seen.weights[time] / strongest).clip(0, 1))[down][:, across][..., None]
         kept = seen.kept[time][down][:, across][..., None]
-        lit = (1 - 0.75 * heat) * frame * (0.3 + 0.4 * kept) + 0.75 * heat * GLOW * (0.35 + 0.65 * kept)
+        grey = (35 + 0.55 * (frame @ LIGHT))[..., None] * (0.6 + 0.4 * kept)
+        lit = (1 - 0.9 * heat) * grey + 0.9 * heat * np.where(kept, GLOW, LOST)
         if time == own[0]:
             mine = (down[:, None] == own[1]) & (across[None] == own[2])
             lit[mine] = OWN
@@ -74,9 +77,9 @@ def film(shown: np.ndarray, seen: Seen, token: int) -> str:
             f"<figcaption>frame {time}: {share:.0%} of its attention, {kept_share:.0%} kept</figcaption></figure>"
         )
     sentence = escape(
-        f"The red token, in latent frame {own[0]}, row {own[1]}, column {own[2]}, looks where it glows. The plan keeps "
-        f"{seen.kept.mean():.0%} of the tokens for it, and {seen.recall:.0%} of its attention; the rest is dark. Click "
-        "any other token."
+        f"The red token (latent frame {own[0]}, row {own[1]}, column {own[2]}) looks where it glows: yellow is kept, "
+        f"blue is not. The plan keeps {seen.kept.mean():.0%} of the tokens for it, with {seen.recall:.0%} of its "
+        "attention. Click any other token."
     )
     return f'<div class="chart"><p>{sentence}</p><div class="film">{"".join(figures)}</div></div>'
 

@@ -57,19 +57,20 @@ def tab(engine: Engine, shared: Shared) -> None:
             panel_place = gr.Column()
             result = gr.HTML(elem_id="repaint-result")
 
-    def request(name: str, drawn: Any, text: str, prompt: str, strength: float, refresh: float, output: Path,
+    def request(name: str, drawn: Any, text: str | None, prompt: str, strength: float, refresh: float, output: Path,
                 mask: Path) -> RepaintRequest:  # fmt: skip
         """Raises ValueError and OSError."""
         clip = _clip(shared, name)
-        if not text.strip():
+        area = (text or "").strip()
+        if not area:
             save_mask(_mask(drawn), mask)
         return RepaintRequest(
-            clip, text.strip() or str(mask), prompt, output, float(strength), int(refresh),
+            clip, area or str(mask), prompt, output, float(strength), int(refresh),
             keep=shared.outputs.kept(output),
         )  # fmt: skip
 
-    def predicted(name: str, drawn: Any, text: str, strength: float, refresh: float) -> str:
-        if not text.strip() and not _is_drawn(drawn):
+    def predicted(name: str, drawn: Any, text: str | None, strength: float, refresh: float) -> str:
+        if not (text or "").strip() and not _is_drawn(drawn):
             return '<div class="repaint-cost">Draw over a region to see what it will take.</div>'
         try:
             with tempfile.TemporaryDirectory() as folder:
@@ -112,7 +113,7 @@ def tab(engine: Engine, shared: Shared) -> None:
     with panel_place:
         panel = JobPanel(engine, shared, "repaint", finished, [video, result, shared.clip])
 
-    def begin(name: str, drawn: Any, text: str, prompt: str, strength: float, refresh: float) -> list[Any]:
+    def begin(name: str, drawn: Any, text: str | None, prompt: str, strength: float, refresh: float) -> list[Any]:
         try:
             output = shared.outputs.new()
             mask = output.with_name(f"{output.stem}_mask.png")
