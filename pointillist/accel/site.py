@@ -26,6 +26,8 @@ SPARSE_PART = 0.15
 Observer = Callable[[str, str, int | None, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor | None]
 """Told of every attention call: site, branch, step, and q, k, v, out [B, S, H, D]. What it returns takes out's place,
 unless it is None."""
+LayoutObserver = Callable[[str, str, int | None, Laid], None]
+"""Told of every sparse attention call: site, branch, step, and its layout."""
 
 
 class Runtime:
@@ -36,6 +38,7 @@ class Runtime:
         self.state = RunState()
         self.record = Record()
         self.observer: Observer | None = None
+        self.layout_observer: LayoutObserver | None = None
         self.rows: torch.Tensor | None = None
         """int64 [B, n]: the tokens that the running call computes; None is all."""
         self.keeps_keys = False
@@ -109,6 +112,7 @@ class Site:
                 f"{self.name} was reached outside of its transformer's forward call, or accelerated "
                 "pipelines run in two threads at once; run one at a time in a process"
             )
+        record.heads = q.shape[2]
         start, density = now(q.device), None
         self._count_entry()
         if self._runtime.rows is not None:
@@ -292,6 +296,8 @@ class Site:
     def _sparse(self, plan: Plan, groups: tuple[Group, ...], call: Call) -> tuple[torch.Tensor, torch.Tensor]:
         """The output [B, S, H, D] and the density, 0-d."""
         laid = self._lay_out(plan, groups, call)
+        if self._runtime.layout_observer is not None:
+            self._runtime.layout_observer(self.name, self._runtime.state.branch, call.step, laid)
         if self._runtime.keeps_keys and not any(_finishes(group.pattern) for group in groups):
             kept = _kept(self._rules(plan, call.step))
             self._keys().update({"laid": (laid, groups), "kept": kept, "block of token": _blocks_of_tokens(laid, call)})
