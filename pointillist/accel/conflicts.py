@@ -10,6 +10,7 @@ import torch
 from pointillist.accel import bridge
 from pointillist.accel.dense import check_dense
 from pointillist.accel.models import SUPPORTED, family_of, other
+from pointillist.accel.parallel.split import config_of, degrees, why_no_ring
 from pointillist.accel.plan import Plan
 from pointillist.accel.step_cache.policy import Caching
 from pointillist.accel.step_cache.table import CacheTable
@@ -75,6 +76,12 @@ class Setup:
         return self.plan is not None and self.plan.regions is not None
 
     @property
+    def ring(self) -> int:
+        """So many processes hold keys for each other; 1 where each has all."""
+        config = config_of(self.targets[0].transformer)
+        return 1 if config is None else degrees(config)[1]
+
+    @property
     def reuses(self) -> bool:
         """Whether anything of one step serves another."""
         return self.regions or self.caching is not None or self.table is not None
@@ -133,6 +140,17 @@ CONFLICTS = (
         lambda its: its.caching is not None and its.caching.decider in ("magnitude", "modulated")
         and its.plan is not None and its.plan.patterns != {"dense"},
         lambda its: f"the cache {its.caching} was calibrated on dense attention; the plan {_plan(its)!r} is sparse",
+    ),
+    Conflict(
+        "a plan that a ring cannot carry out", "refuse",
+        lambda its: its.ring > 1 and why_no_ring(its.plan),
+        lambda its: f"the plan {_plan(its)!r} cannot run in a ring of {its.ring} processes: {why_no_ring(its.plan)}",
+    ),
+    Conflict(
+        "one transformer of two is split", "refuse",
+        lambda its: len({config_of(each.transformer) is None for each in its.targets}) == 2,
+        lambda its: f"one of {' and '.join(each.name for each in its.targets)} is split over processes and one is not; "
+        "enable_parallelism on both",
     ),
     Conflict(
         "one transformer of two is missing", "refuse",
@@ -216,8 +234,10 @@ def _target(name: str, transformer: torch.nn.Module, sparse: bool) -> Target:
         raise AccelerateError(f"{described} has compiled blocks; call accelerate first and compile after it")
     if caches := bridge.caching_hooks(transformer):
         raise AccelerateError(f"{described} has a Diffusers cache ({', '.join(caches)}); call disable_cache() on it")
-    if any(bridge.is_parallel(attention) for _, attention in sites):
-        raise AccelerateError(f"{described} is split over processes (enable_parallelism), which is not supported")
+    try:
+        config_of(transformer)
+    except ValueError as error:
+        raise AccelerateError(f"{described}: {error}") from error
     for layer, (_, attention) in enumerate(sites):
         if not bridge.uses_dispatcher(attention):
             raise AccelerateError(

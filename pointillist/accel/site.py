@@ -39,10 +39,19 @@ class Runtime:
         self.keeps_keys = False
         """Whether a later step computes a part of the tokens only, and needs the keys of this one."""
         self.keeps_how = "full"
+        self.agreement: Any = None
+        """The `parallel.agreement.Agreement` of the processes that share the video; None where there is one."""
         self._wish = backend
         self._backends: dict[torch.device, tuple[str, str]] = {}
         self._memories: dict[tuple[str, str], tuple[Any, dict[Any, Any]]] = {}
         self._expert = ""
+
+    def blocks_of_all(self, blocks: torch.Tensor, count: int) -> tuple[int, int]:
+        """How many query blocks the heads of all processes want together, and of how many."""
+        if self.agreement is None:
+            return len(blocks), count
+        wanted = self.agreement.union(torch.zeros(count, dtype=torch.bool).index_fill_(0, blocks.cpu(), True))
+        return int(wanted.sum()), len(wanted)
 
     def backend(self, device: torch.device) -> tuple[str, str]:
         """What computes sparse calls on `device`, and why."""
@@ -90,6 +99,11 @@ class Site:
         self.name = name
         self.hidden_states: torch.Tensor | None = None
         """What went into the attention module in the running call, for patterns that ask for it."""
+        self.heads: tuple[int, ...] | None = None
+        """Those that this process computes, where a video is split over several; None is all."""
+        self.ring: Any = None
+        """The `parallel.ring.Ring` of the running call, if keys lie on several processes."""
+        self.runtime = runtime
         self._layer = layer
         self._dense = dense
         self._runtime = runtime
@@ -109,14 +123,14 @@ class Site:
             record.calls.append(AttentionCall(self.name, state.branch, state.step, None, start, now(q.device), True))
             return out
         kind = "dense" if plan is None else plan.schedule.kind(state.step, state.sigmas)
-        if plan is None or (kind == "dense" and not before_sparse(plan, state)):
-            out = self._dense(q, k, v, scale)
+        if plan is None or (kind == "dense" and (self.ring is not None or not before_sparse(plan, state))):
+            out = self._all_pairs(q, k, v, scale)
         elif kind == "dense":
-            out = self._dense(q, k, v, scale)
+            out = self._all_pairs(q, k, v, scale)
             for each in self._groups_to_come(plan, q):
                 self._learn(plan, each, self._call(plan, each, q, k, v, scale), out.transpose(1, 2))
         elif (groups := self._groups(plan, q, state.step)) is None:  # sparse, or to be cached with nothing to reuse
-            out = self._dense(q, k, v, scale)
+            out = self._all_pairs(q, k, v, scale)
             self._note_fallback(plan, q)
         else:
             out, density = self._sparse(plan, groups, self._call(plan, groups, q, k, v, scale))
@@ -127,6 +141,12 @@ class Site:
             instead = self._runtime.observer(self.name, state.branch, state.step, q, k, v, out)
             out = out if instead is None else instead
         return out
+
+    def _all_pairs(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> torch.Tensor:
+        """Dense attention; q, k, v and the output are [B, S, H, D]."""
+        if self.ring is not None:
+            return self.ring.dense(q, k, v, scale, self._runtime.backend(q.device)[0])
+        return self._dense(q, k, v, scale)
 
     def _keys(self) -> dict[Any, Any]:
         """What is kept for steps that compute a part of the tokens."""
@@ -144,7 +164,8 @@ class Site:
         if laid is None or groups is None:
             return self._dense(q, every_k, every_v, scale)
         blocks = torch.unique(memory["block of token"].gather(2, rows[:, None].expand(-1, q.shape[2], -1)))
-        sparse = len(blocks) / laid.layout.query_blocks * (memory["kept"] + SPARSE_PART)
+        count, of = self._runtime.blocks_of_all(blocks, laid.layout.query_blocks)
+        sparse = count / of * (memory["kept"] + SPARSE_PART)
         if sparse > rows.shape[1] / every_k.shape[1]:
             return self._dense(q, every_k, every_v, scale)
         index = rows[:, :, None, None].expand(-1, -1, *q.shape[2:])
@@ -166,7 +187,7 @@ class Site:
         assert grid is not None, "a site runs inside a transformer call"
         if _kept(rules) == 1 or self._fallback(plan, rules, q):
             return None
-        return _groups_of(rules, grid, plan.block)
+        return _groups_of(rules, grid, plan.block, self.heads)
 
     def _rules(self, plan: Plan, step: int | None) -> tuple[Rule, ...]:
         state = self._runtime.state
@@ -178,6 +199,7 @@ class Site:
         """Why a call runs densely although its rules are sparse; "" if it does not. q is [B, S, H, D]."""
         grid, tokens, density = self._runtime.state.grid, q.shape[1], _kept(rules)
         assert grid is not None
+        tokens = tokens if self.ring is None else self.ring.tokens
         if tokens != math.prod(grid):
             return f"{tokens} tokens are not the grid {_text(grid)}"
         if tokens < plan.min_tokens:
@@ -213,6 +235,7 @@ class Site:
             segments=whole_video(state.grid),
             block=plan.block,
             hoist=plan.hoist,
+            heads=self.heads,
             layer=self._layer,
             step=state.step or 0,
             steps=max(1, len(state.sigmas)),
@@ -229,6 +252,8 @@ class Site:
         if self._runtime.keeps_keys and not any(_finishes(group.pattern) for group in groups):
             kept = _kept(self._rules(plan, call.step))
             self._keys().update({"laid": (laid, groups), "kept": kept, "block of token": _blocks_of_tokens(laid, call)})
+        if self.ring is not None:
+            return self.ring.sparse(call, laid, plan.tail).transpose(1, 2), laid.density
         out = attend(call, laid, plan.tail, plan.quantized)
         for group in groups:
             if _finishes(group.pattern):
@@ -309,14 +334,18 @@ def _finishes(pattern: Pattern) -> bool:
     return type(pattern).finish is not Pattern.finish
 
 
-def _groups_of(rules: tuple[Rule, ...], grid: Grid, block: int) -> tuple[Group, ...]:
-    """Heads with equal rules together, in the order of their first heads."""
+def _groups_of(
+    rules: tuple[Rule, ...], grid: Grid, block: int, mine: tuple[int, ...] | None = None
+) -> tuple[Group, ...]:
+    """Heads with equal rules together, in the order of their first heads; of the heads `mine` alone, counted among
+    them."""
     segments = whole_video(grid)
     heads: dict[Pattern, list[int]] = {}
-    for head, rule in enumerate(rules):
+    chosen = rules if mine is None or len(rules) == 1 else tuple(rules[head] for head in mine)
+    for head, rule in enumerate(chosen):
         pattern = pattern_for(rule.pattern, rule.density, rule.options, grid, segments, block)
         heads.setdefault(pattern, []).append(head)
-    return tuple(Group(pattern, None if len(heads) == 1 else tuple(mine)) for pattern, mine in heads.items())
+    return tuple(Group(pattern, None if len(heads) == 1 else tuple(each)) for pattern, each in heads.items())
 
 
 def before_sparse(plan: Plan, state: RunState) -> bool:
