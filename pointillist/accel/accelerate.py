@@ -296,6 +296,8 @@ class Acceleration:
         self._runtime.record.last_step = now(self._device)
         if self._runtime.state.was_last_step:
             self._runtime.forget()
+            if self._splits:
+                next(iter(self._splits.values())).end_generation()
 
     def _plan_source(self) -> str:
         plan, grid = self._choice.plan, self._runtime.record.grid

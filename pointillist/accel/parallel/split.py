@@ -72,6 +72,22 @@ class Split:
         """Say again what goes in."""
         self._greeted.clear()
 
+    def end_generation(self) -> None:
+        """The densities of the record are those of this process's heads: make them those of all heads."""
+        record, counts = self._runtime.record, head_counts(self._heads, engine.degrees(self.seam.config)[0])
+        ring = engine.degrees(self.seam.config)[1]
+        of_sites = [call.density for call in record.calls if call.density is not None]
+        mine = [float(density) for density in of_sites]
+        all_said = self._runtime.agreement.lists_of(mine)
+        total = [
+            sum(each * heads for each, heads in zip(said, counts * ring, strict=True)) / (self._heads * ring)
+            for said in zip(*all_said, strict=True)
+        ]
+        means = iter(total)
+        record.calls[:] = [
+            call if call.density is None else call._replace(density=torch.tensor(next(means))) for call in record.calls
+        ]
+
 
 def hash_of(plan: Plan) -> str:
     """Names what the plan says."""
