@@ -198,8 +198,9 @@ class Acceleration:
         def entered(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if self._pipe.scheduler is not self._scheduler:
                 self._follow_scheduler()
-            hidden_states, timestep = family.inputs(args, kwargs)
-            state.enter(target.name, timestep, family.grid(transformer, hidden_states))
+            call = family.named(transformer, args, kwargs)
+            hidden_states, tokens = family.latents(call), family.tokens(transformer, call)
+            state.enter(target.name, family.timestep(call), tokens)
             self._call_began(hidden_states.device)
             if split is not None:
                 split.enter(args, kwargs)
@@ -235,10 +236,11 @@ class Acceleration:
         undo.callback(transformer.register_forward_pre_hook(entered, with_kwargs=True).remove)
         undo.callback(transformer.register_forward_hook(left, always_call=True).remove)
         sites: dict[torch.nn.Module, Site] = {}
-        for layer, (block, attention) in enumerate(family.sites(transformer)):
-            name = f"{target.name}.{family.site_name(layer)}"
+        named = zip(family.site_names(transformer), family.sites(transformer), strict=True)
+        for layer, (path, (block, attention)) in enumerate(named):
+            name = f"{target.name}.{path}"
             trained = weights_of(attention, name, self._weights)
-            sites[attention] = Site(name, layer, self._dense.handler(attention), self._runtime, trained)
+            sites[attention] = Site(name, layer, family, self._dense.handler(attention), self._runtime, trained)
             handler = sites[attention] if split is None else split.share(sites[attention], layer)
             undo.callback(bridge.route(block, attention, handler))
         if plan is not None and plan.hoist:
@@ -390,11 +392,7 @@ def _weights(
     given: str | os.PathLike[str] | Mapping[str, torch.Tensor] | None, targets: tuple[Target, ...]
 ) -> dict[str, torch.Tensor]:
     """Raises AccelerateError for what are no trained tensors of these targets."""
-    sites = [
-        f"{target.name}.{target.family.site_name(layer)}"
-        for target in targets
-        for layer in range(len(target.family.sites(target.transformer)))
-    ]
+    sites = [f"{each.name}.{path}" for each in targets for path in each.family.site_names(each.transformer)]
     try:
         weights = load_weights(given)
         check_keys(weights, sites)

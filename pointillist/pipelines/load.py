@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pointillist.accel.models import wan
+from pointillist.accel.models.wan import Wan
 from pointillist.pipelines.embedded import EMBEDDED_FOLDER
 
 
@@ -69,7 +69,7 @@ def _checked_device(device: str | None) -> str:
 def is_embedded(pipe: Any) -> bool:
     """Whether `pipe` has the architecture of the model that ships with the package, from wherever it was loaded."""
     transformer: Any = getattr(pipe, "transformer", None)
-    if not wan.is_member(transformer):
+    if not Wan().is_member(transformer):
         return False
     shipped = json.loads((EMBEDDED_FOLDER / "transformer" / "config.json").read_text(encoding="utf-8"))
     here = json.loads(transformer.to_json_string())  # so that tuples are lists here too

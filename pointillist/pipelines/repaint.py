@@ -168,13 +168,14 @@ class _Work:
 
         latents = kept.velocities[0]
         family = family_of(pipe.transformer)
-        if latents.ndim != 5 or family is None or not hasattr(family, "take_rows"):
+        if latents.ndim != 5 or family is None or not family.can_take_rows:
             raise ValueError(f"a {type(pipe).__name__} cannot be repainted; pipelines of the family Wan can")
-        grid = family.grid(pipe.transformer, latents)
+        grid = family.tokens(pipe.transformer, {"hidden_states": latents}).grid
         steps = len(kept.sigmas)
         redone = max(1, math.ceil(request.strength * steps - 1e-9))
         again = ("masked" if step % request.refresh else "all" for step in range(redone))
-        patch = tuple(length // count for length, count in zip(latents.shape[2:], grid, strict=True))
+        each = (length // count for length, count in zip(latents.shape[2:], grid, strict=True))
+        patch = (next(each), next(each), next(each))
         kinds = (*["kept"] * (steps - redone), *again)
         return cls(kept, tokens_touched(mask, grid), patch, kinds, request.refresh, request.keep is not None)
 

@@ -163,6 +163,11 @@ def study_of(pipe: Any, prompts: tuple[str, ...], **call: Any) -> Study:
     sites = target.family.sites(target.transformer)
     if not sites:
         raise SearchError(f"{target.name} has no self-attention that could be sparse; there is nothing to search")
+    if target.family.TEXT != "none":
+        raise SearchError(
+            f"{target.name} is of the family {target.family.NAME}, whose self-attention has text beside the video; the "
+            "search measures the video alone and cannot search it yet: accelerate(pipe) takes the family's preset"
+        )
     call = {**defaults(pipe), **{key: value for key, value in call.items() if value is not None}}
     check_size(pipe, call["width"], call["height"], call["num_frames"])
     steps, heads = call["num_inference_steps"], target.family.heads(target.transformer)
@@ -172,7 +177,7 @@ def study_of(pipe: Any, prompts: tuple[str, ...], **call: Any) -> Study:
         model=target.family.fingerprint(target.transformer),
         layers=len(sites),
         heads=heads,
-        head_dim=target.family.output_weight(sites[0][1]).shape[1] // heads,
+        head_dim=target.family.output_weight(*sites[0]).shape[1] // heads,
         prompts=prompts,
         call=call,
         rules=candidates(),

@@ -99,9 +99,11 @@ def record(pipe: Any, study: Study, each: Pass, path: Path, told: Callable[[str]
 def output_weights(pipe: Any) -> dict[str, tuple[int, torch.Tensor]]:
     """Of every site, by its name: the layer, and the output projection [C, H·D]."""
     return {
-        f"{target.name}.{target.family.site_name(layer)}": (layer, target.family.output_weight(attention))
+        f"{target.name}.{path}": (layer, target.family.output_weight(block, attention))
         for target in targets_of(pipe)
-        for layer, (_, attention) in enumerate(target.family.sites(target.transformer))
+        for layer, (path, (block, attention)) in enumerate(
+            zip(target.family.site_names(target.transformer), target.family.sites(target.transformer), strict=True)
+        )
     }
 
 

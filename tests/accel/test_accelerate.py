@@ -10,6 +10,7 @@ from diffusers import FirstBlockCacheConfig, FlowMatchEulerDiscreteScheduler
 
 from conftest import make_pipe, make_transformer
 from pointillist import AccelerateError, Plan, PlanError, accelerate
+from pointillist.accel.models.family import Tokens
 from pointillist.accel.plan import Rule
 from pointillist.accel.run_state import RunState
 from pointillist.accel.tiles import frame_tiles_of
@@ -227,10 +228,10 @@ def test_the_step_is_read_off_the_timestep(cast):
     state.begin_generation(scheduler)
     for step, timestep in enumerate(scheduler.timesteps):
         with state.context("cond"):
-            state.enter("transformer", cast(timestep.expand(1)), (3, 4, 4))
+            state.enter("transformer", cast(timestep.expand(1)), Tokens((3, 4, 4)))
         assert (state.step, state.branch, state.expert) == (step, "cond", "transformer")
         state.leave()
-    state.enter("transformer", torch.tensor([5000.0]), (3, 4, 4))
+    state.enter("transformer", torch.tensor([5000.0]), Tokens((3, 4, 4)))
     assert state.step is None
 
 

@@ -43,6 +43,9 @@ def flux():
 SPARSE = Plan.uniform("pooled", 0.3, block=16)
 APPLYING = {
     "regions of an unknown family": (flux, dict(plan="none", regions="easy"), "regions are not known for Flux"),
+    "an order from layer to layer of an unknown family": (
+        flux, dict(plan=replace(SPARSE, hoist="frames")), "not known for FluxTransformer2DModel",
+    ),
     "a sampler with noise of its own": (noisy, dict(plan="none", regions="easy"), "adds noise of its own"),
     "a sampler with two evaluations in a step": (two_evaluations, dict(plan="none", cache="easy"), "Heun"),
     "a cache and noise of the sampler": (noisy, dict(plan="none", cache="easy"), "reusing them harms"),

@@ -26,7 +26,7 @@ class Balance:
 
 
 def head_counts(heads: int, processes: int) -> list[int]:
-    """Heads of each process: equally many, or one to a few fewer in the last. Raises ValueError where that cannot be."""
+    """Heads of each process: equally many, or a few fewer in the last. Raises ValueError where that cannot be."""
     most = math.ceil(heads / processes)
     missing = most * processes - heads
     if missing >= most:
@@ -90,8 +90,6 @@ def balance_of(plan: Plan, layers: int, heads: int, processes: int, transformer:
     for layer in range(layers):
         costs = head_costs(plan, layer, heads, transformer, ())
         found.append(
-            Balance(
-                imbalance(costs, range(heads), processes), imbalance(costs, spread(costs, processes), processes)
-            )
+            Balance(imbalance(costs, range(heads), processes), imbalance(costs, spread(costs, processes), processes))
         )
     return found

@@ -23,12 +23,13 @@ from diffusers.models.attention_dispatch import (
     TemplatedRingAttention,
     _templated_context_parallel_attention,
 )
+
 from pointillist.accel.parallel.tokens import part_sizes
 
+Config = Any
+"""A `ContextParallelConfig`, whose degrees are numbers once it is made."""
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-AttendChunk = Callable[
-    [int, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]
-]
+AttendChunk = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 """(number of the rank whose keys they are, q, k, v) → output [B, S, H, D] and float32 log-sum-exp [B, S, H]."""
 
 
@@ -36,12 +37,12 @@ class ParallelError(RuntimeError):
     """The processes of a job cannot go on together: which, and why."""
 
 
-def make_config(ulysses: int, ring: int) -> ContextParallelConfig:
+def make_config(ulysses: int, ring: int) -> Config:
     """Of `ulysses · ring` processes, which are running (see `start`)."""
     return ContextParallelConfig(ulysses_degree=ulysses, ring_degree=ring)
 
 
-def set_config(transformer: Any, config: ContextParallelConfig, device: torch.device) -> None:
+def set_config(transformer: Any, config: Config, device: torch.device) -> None:
     """What `enable_parallelism` does first: the mesh, noted on the model. That method divides by the number of GPUs."""
     mesh = config.mesh or dist.device_mesh.init_device_mesh(
         device.type, config.mesh_shape, mesh_dim_names=config.mesh_dim_names
@@ -51,14 +52,14 @@ def set_config(transformer: Any, config: ContextParallelConfig, device: torch.de
     transformer._parallel_config = parallel
 
 
-def config_of(transformer: Any) -> ContextParallelConfig | None:
+def config_of(transformer: Any) -> Config | None:
     """The model's, if it is split over processes; raises ValueError for another kind of parallelism."""
     parallel = getattr(transformer, "_parallel_config", None)
     if parallel is None:
         return None
     if parallel.context_parallel_config is None:
         raise ValueError("it is split over processes by its weights (tensor parallelism), which is not supported")
-    return parallel.context_parallel_config  # type: ignore[no-any-return]
+    return parallel.context_parallel_config
 
 
 def clear_config(transformer: Any) -> None:
@@ -69,13 +70,14 @@ def clear_config(transformer: Any) -> None:
 def take_over(transformer: Any) -> Callable[[], None]:
     """Take away the splitting that `enable_parallelism` put into the model, if it did: ours is elsewhere. Returns what
     puts it back."""
-    found, configs = [], []
+    found: list[tuple[Any, str, Any]] = []
+    configs: list[tuple[Any, Any]] = []
     for module in transformer.modules():
-        registry = getattr(module, "_diffusers_hook", None)
+        registry: Any = getattr(module, "_diffusers_hook", None)
         for name in [] if registry is None else [name for name in registry.hooks if name.startswith("cp_")]:
             found.append((registry, name, registry.hooks[name]))
             registry.remove_hook(name, recurse=False)
-        processor = getattr(module, "processor", None)
+        processor: Any = getattr(module, "processor", None)
         if getattr(processor, "_parallel_config", None) is not None:
             configs.append((processor, processor._parallel_config))
             processor._parallel_config = None
@@ -89,34 +91,34 @@ def take_over(transformer: Any) -> Callable[[], None]:
     return undo
 
 
-def degrees(config: ContextParallelConfig) -> tuple[int, int]:
+def degrees(config: Config) -> tuple[int, int]:
     """Of Ulysses and of the ring."""
     return config.ulysses_degree, config.ring_degree
 
 
-def places(config: ContextParallelConfig) -> tuple[int, int]:
+def places(config: Config) -> tuple[int, int]:
     """This process's, in its Ulysses group and in its ring."""
     return config._ulysses_local_rank, config._ring_local_rank
 
 
-def process_group(config: ContextParallelConfig, part: str = "all") -> Any:
+def process_group(config: Config, part: str = "all") -> Any:
     """Of all processes that share a video, or of this one's `ulysses` or `ring` part."""
     mesh = {"all": config._flattened_mesh, "ulysses": config._ulysses_mesh, "ring": config._ring_mesh}[part]
     return mesh.get_group()
 
 
-def allow_uneven(config: ContextParallelConfig, uneven: bool) -> None:
+def allow_uneven(config: Config, uneven: bool) -> None:
     """Let the next exchanges be of lengths or heads that do not divide, which costs talk about sizes."""
     config.ulysses_anything = uneven and config.ring_degree == 1
     config.ring_anything = uneven and config.ulysses_degree == 1
 
 
-def shard(x: torch.Tensor, dim: int, config: ContextParallelConfig) -> torch.Tensor:
+def shard(x: torch.Tensor, dim: int, config: Config) -> torch.Tensor:
     """This process's part of x."""
     return PartitionAnythingSharder.shard_anything(x, dim, config._flattened_mesh)
 
 
-def unshard(x: torch.Tensor, dim: int, config: ContextParallelConfig, length: int) -> torch.Tensor:
+def unshard(x: torch.Tensor, dim: int, config: Config, length: int) -> torch.Tensor:
     """All parts in their order, `length` entries, from every process's. Gloo gathers only equal parts, so those of an
     uneven split are filled up on the way."""
     sizes = part_sizes(length, config._flattened_mesh.size())
@@ -131,9 +133,7 @@ def unshard(x: torch.Tensor, dim: int, config: ContextParallelConfig, length: in
     return torch.cat([part.narrow(dim, 0, size) for part, size in zip(parts, sizes, strict=True)], dim)
 
 
-def with_all_tokens(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: ContextParallelConfig, attend: Attend
-) -> torch.Tensor:
+def with_all_tokens(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: Config, attend: Attend) -> torch.Tensor:
     """Ulysses: `attend` sees all tokens (the parts of the processes in a row) of this process's heads."""
 
     def forward(ctx: Any, query: Any, key: Any, value: Any, *others: Any, **named: Any) -> torch.Tensor:
@@ -141,18 +141,23 @@ def with_all_tokens(
 
     with telling():
         return _templated_context_parallel_attention(
-            q, k, v, forward_op=forward, backward_op=None, _parallel_config=_Parallel(config)
+            q,
+            k,
+            v,
+            forward_op=forward,
+            backward_op=None,
+            _parallel_config=ParallelConfig(context_parallel_config=config),
         )
 
 
-def exchange(x: torch.Tensor, config: ContextParallelConfig, back: bool = False) -> torch.Tensor:
+def exchange(x: torch.Tensor, config: Config, back: bool = False) -> torch.Tensor:
     """Ulysses within a ring: tokens of the Ulysses group for a part of the heads; `back` is the inverse."""
     with telling():
         return SeqAllToAllDim.apply(process_group(config, "ulysses"), x, *((1, 2) if back else (2, 1)))
 
 
 def around_the_ring(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: ContextParallelConfig, attend: AttendChunk
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: Config, attend: AttendChunk
 ) -> torch.Tensor:
     """Ring: `attend` sees this process's queries and the keys of one rank after the other, its own first; outputs are
     merged by their log-sum-exps."""
@@ -164,14 +169,9 @@ def around_the_ring(
 
     kind = TemplatedRingAnythingAttention if config.ring_anything else TemplatedRingAttention
     with telling():
-        return kind.apply(q, k, v, None, 0.0, False, None, False, False, forward, None, _Parallel(config))
-
-
-class _Parallel:
-    """What Diffusers' exchanges ask of a `ParallelConfig`."""
-
-    def __init__(self, config: ContextParallelConfig) -> None:
-        self.context_parallel_config = config
+        return kind.apply(
+            q, k, v, None, 0.0, False, None, False, False, forward, None, ParallelConfig(context_parallel_config=config)
+        )
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """Where a transformer is split over processes: at its first block, and together again behind its last one.
 
 Between them each process holds a part of the tokens; before and behind, all hold all of them. So whatever looks at
-whole clips (embeddings, token orders, regions, step caches, the output's head) is as in a single process. Diffusers' own
-plans split earlier and gather later, which saves an exchange of the size of one layer's.
+whole clips (embeddings, token orders, regions, step caches, the output's head) is as in a single process. Diffusers'
+own plans split earlier and gather later, which saves an exchange of the size of one layer's.
 """
 
 from collections.abc import Callable
@@ -145,7 +145,9 @@ class Seam:
     def _take_arguments(self, block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         parameters = bridge.streams_of(block).parameters
         named = dict(zip(parameters, args, strict=False)) | kwargs
-        changed = {each.name: self._part(each, named[each.name]) for each in self._joint.arguments if each.name in named}
+        changed = {
+            each.name: self._part(each, named[each.name]) for each in self._joint.arguments if each.name in named
+        }
         return _with(parameters, args, kwargs, changed)
 
     def _part(self, which: TokenArgument, value: Any) -> Any:
@@ -171,9 +173,7 @@ class Seam:
         self._inside = False
         return whole
 
-    def _together(
-        self, hidden: torch.Tensor, text: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _together(self, hidden: torch.Tensor, text: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         lengths = self.lengths[::-1] if self._joint.text == "before" else self.lengths
         whole = engine.unshard(hidden, 1, self.config, lengths[0])
         return whole, None if text is None else engine.unshard(text, 1, self.config, lengths[1])

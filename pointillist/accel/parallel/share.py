@@ -23,8 +23,11 @@ class Share:
         self._balanced = balanced
         self._order: tuple[Any, tuple[int, ...]] | None = None
 
-    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> torch.Tensor:
-        """Attention of this process's tokens, q, k, v [B, n, H, D] of all heads; also [B, n, H, D]."""
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Attention of this process's tokens, q, k, v [B, n, H, D] of all heads; also [B, n, H, D]. The mask is of all
+        tokens, in their own order."""
         seam, site = self._seam, self._site
         order = self._head_order()
         ulysses, ring = engine.degrees(seam.config)
@@ -34,30 +37,34 @@ class Share:
             there, back = _index(order, q.device)
             q, k, v = (x.index_select(2, there) for x in (q, k, v))
         site.heads = self._own(order)
-        out = self._in_ring(q, k, v, scale) if ring > 1 else self._with_all(q, k, v, scale)
+        out = (self._in_ring if ring > 1 else self._with_all)(q, k, v, scale, mask)
         return out if plain else out.index_select(2, back)
 
-    def _with_all(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> torch.Tensor:
+    def _with_all(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, mask: torch.Tensor | None
+    ) -> torch.Tensor:
         seam = self._seam
         places = places_in_a_row(seam.lengths, seam.parts, q.device)
 
         def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             if places is None:
-                return self._site(q, k, v, scale)
+                return self._site(q, k, v, scale, mask)
             tokens = tokens_in_a_row(seam.lengths, seam.parts, q.device)
             q, k, v = (x.index_select(1, places) for x in (q, k, v))
-            return self._site(q, k, v, scale).index_select(1, tokens)
+            return self._site(q, k, v, scale, mask).index_select(1, tokens)
 
         return engine.with_all_tokens(q, k, v, seam.config, attend)
 
-    def _in_ring(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> torch.Tensor:
+    def _in_ring(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, mask: torch.Tensor | None
+    ) -> torch.Tensor:
         config = self._seam.config
         grouped = engine.degrees(config)[0] > 1
         if grouped:
             q, k, v = (engine.exchange(x, config) for x in (q, k, v))
         self._site.ring = Ring(config, self._seam.lengths)
         try:
-            out = self._site(q, k, v, scale)
+            out = self._site(q, k, v, scale, mask)
         finally:
             self._site.ring = None
         return engine.exchange(out, config, back=True) if grouped else out

@@ -59,7 +59,7 @@ class Split:
             "token grid": state.grid,
         }
         if state.step in (0, None) or (state.expert, state.branch) not in self._greeted:
-            given = {**dict(enumerate(args)), **kwargs}
+            given: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
             facts |= {f"input {name}": checksum([value]) for name, value in given.items() if torch.is_tensor(value)}
             self._greeted.add((state.expert, state.branch))
         self._runtime.agreement.check(facts)
