@@ -25,7 +25,7 @@ class TokenArgument:
     stream: str = "video"
     """Whose tokens: `video`, or `joint`, text and video as they lie in attention."""
     ndim: int | None = None
-    """With another number of dimensions it has no entries for tokens."""
+    """With another number of dimensions it has no entries for tokens; likewise where it has another length."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,9 @@ JOINTS: dict[str, Joint] = {
         "none", (TokenArgument("image_rotary_emb", 1), TokenArgument("temb", 1, ndim=3))
     ),
     "FluxTransformer2DModel": Joint("before", (TokenArgument("image_rotary_emb", 0, stream="joint"),)),
-    "HunyuanVideoTransformer3DModel": Joint("after", (TokenArgument("image_rotary_emb", 0),)),
+    "HunyuanVideoTransformer3DModel": Joint(
+        "after", (TokenArgument("freqs_cis", 0), TokenArgument("image_rotary_emb", 0))
+    ),
 }  # fmt: skip
 
 
@@ -162,9 +164,12 @@ class Seam:
             return tuple(self._part_of(which, each) for each in value)
         if not isinstance(value, torch.Tensor) or (which.ndim is not None and value.ndim != which.ndim):
             return value
-        if which.stream == "video":
-            return engine.shard(value, which.dim, self.config)
-        return value.index_select(which.dim, self.local_tokens.to(value.device))
+        joint = which.stream == "joint"
+        if value.shape[which.dim] != (sum(self.lengths) if joint else self._hidden_length):
+            return value
+        if joint:
+            return value.index_select(which.dim, self.local_tokens.to(value.device))
+        return engine.shard(value, which.dim, self.config)
 
     @torch.compiler.disable
     def _gather(self, block: torch.nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -174,9 +179,15 @@ class Seam:
         return whole
 
     def _together(self, hidden: torch.Tensor, text: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        lengths = self.lengths[::-1] if self._joint.text == "before" else self.lengths
-        whole = engine.unshard(hidden, 1, self.config, lengths[0])
-        return whole, None if text is None else engine.unshard(text, 1, self.config, lengths[1])
+        whole = engine.unshard(hidden, 1, self.config, self._hidden_length)
+        if text is None:
+            return whole, None
+        return whole, engine.unshard(text, 1, self.config, sum(self.lengths) - self._hidden_length)
+
+    @property
+    def _hidden_length(self) -> int:
+        """All tokens of the hidden states in the running call."""
+        return self.lengths[-1] if self._joint.text == "before" else self.lengths[0]
 
 
 def _with(

@@ -9,6 +9,10 @@ import split_cases
 from jobs import run_job
 
 CLOSE = 1e-5
+EXACT = split_cases.CASES | split_cases.JOINT
+NEAR = split_cases.RING | split_cases.JOINT_RING
+EXACT_FOUR = split_cases.FOUR | split_cases.JOINT_FOUR
+NEAR_FOUR = split_cases.FOUR_IN_RINGS | split_cases.JOINT_FOUR_IN_RINGS
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -21,13 +25,13 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def of_two(tmp_path_factory):
-    names = [*split_cases.CASES, *split_cases.RING, *split_cases.REFUSED]
+    names = [*EXACT, *NEAR, *split_cases.REFUSED]
     return run_job(2, "split_cases", names, tmp_path_factory.mktemp("two"))
 
 
 @pytest.fixture(scope="module")
 def of_four(tmp_path_factory):
-    names = [*split_cases.FOUR, *split_cases.FOUR_IN_RINGS]
+    names = [*EXACT_FOUR, *NEAR_FOUR]
     return run_job(4, "split_cases", names, tmp_path_factory.mktemp("four"))
 
 
@@ -36,29 +40,32 @@ def both(made, name):
     alone, kinds, density = split_cases.run_case(name)
     split, split_kinds, split_density = made[name]
     assert split_kinds == kinds
+    how = split_cases.ALL[name].how
+    assert kinds["cached"] > 0 or "cache" not in how
+    assert kinds["region"] > 0 or "regions" not in how
     assert split_density == pytest.approx(density, abs=1e-6)
     return split, alone
 
 
-@pytest.mark.parametrize("name", split_cases.CASES)
+@pytest.mark.parametrize("name", EXACT)
 def test_two_processes_make_what_one_makes(of_two, name):
     split, alone = both(of_two, name)
     assert torch.equal(split, alone), float((split - alone).abs().max())
 
 
-@pytest.mark.parametrize("name", split_cases.FOUR)
+@pytest.mark.parametrize("name", EXACT_FOUR)
 def test_four_processes_make_what_one_makes(of_four, name):
     split, alone = both(of_four, name)
     assert torch.equal(split, alone), float((split - alone).abs().max())
 
 
-@pytest.mark.parametrize("name", split_cases.RING)
+@pytest.mark.parametrize("name", NEAR)
 def test_a_ring_of_two_makes_nearly_what_one_makes(of_two, name):
     split, alone = both(of_two, name)
     assert float((split - alone).abs().max()) < CLOSE
 
 
-@pytest.mark.parametrize("name", split_cases.FOUR_IN_RINGS)
+@pytest.mark.parametrize("name", NEAR_FOUR)
 def test_rings_of_four_processes_make_nearly_what_one_makes(of_four, name):
     split, alone = both(of_four, name)
     assert float((split - alone).abs().max()) < CLOSE
