@@ -23,6 +23,7 @@ from pointillist.accel.conflicts import (
 )
 from pointillist.accel.dense import DenseAttention
 from pointillist.accel.layouts import forget_layouts
+from pointillist.accel.parallel.split import Split, agreement_of, config_of
 from pointillist.accel.patterns import pattern_class
 from pointillist.accel.plan import Plan
 from pointillist.accel.regions.policy import Regions
@@ -108,6 +109,7 @@ class Acceleration:
             self._caches = _caches(choice, self._runtime, self._targets)
             self._tables = _tables(choice, self._runtime, self._targets, self._pipe)
             self._regions = _regions(choice, self._runtime, self._targets)
+            self._splits = _splits(self._runtime, self._targets, undo)
             for target in self._targets:
                 self._install(target, undo)
             undo.callback(forget_layouts)
@@ -196,7 +198,7 @@ class Acceleration:
     def _install(self, target: Target, undo: ExitStack) -> None:
         state, family, transformer = self._runtime.state, target.family, target.transformer
         plan, cache, regions = self._choice.plan, self._caches.get(target.name), self._regions.get(target.name)
-        table = self._tables.get(target.name)
+        table, split = self._tables.get(target.name), self._splits.get(target.name)
 
         @torch.compiler.disable
         def entered(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -206,6 +208,8 @@ class Acceleration:
             hidden_states, tokens = family.latents(call), family.tokens(transformer, call)
             state.enter(target.name, family.timestep(call), tokens)
             self._call_began(hidden_states.device)
+            if split is not None:
+                split.enter(args, kwargs)
             if regions is not None:
                 regions.enter(hidden_states)
             if cache is not None:
@@ -220,12 +224,17 @@ class Acceleration:
                 table.leave(failed=output is None)
             if regions is not None:
                 regions.leave(reused)
+            if split is not None:
+                split.leave()
             state.leave()
 
         undo.callback(watch_branches(transformer, state))
+        if split is not None:
+            undo.callback(split.install())
         if regions is not None:
             undo.callback(regions.install())
         if cache is not None:
+            cache.seam = None if split is None else split.seam
             undo.callback(cache.install())
             undo.callback(family.watch_modulation(transformer, cache.modulated))
         if table is not None:
@@ -238,7 +247,8 @@ class Acceleration:
             name = f"{target.name}.{path}"
             trained = weights_of(attention, name, self._weights)
             sites[attention] = Site(name, layer, family, self._dense.handler(attention), self._runtime, trained)
-            undo.callback(bridge.route(block, attention, sites[attention]))
+            handler = sites[attention] if split is None else split.share(sites[attention], layer)
+            undo.callback(bridge.route(block, attention, handler))
         if plan is not None and plan.hoist:
 
             def order() -> tuple[torch.Tensor, torch.Tensor]:
@@ -264,6 +274,8 @@ class Acceleration:
         self._runtime.state.begin_generation(scheduler)
         self._runtime.forget()
         _check_table(self._choice, self._targets, self._pipe, len(self._runtime.state.sigmas))
+        for split in self._splits.values():
+            split.begin_generation()
         self._runtime.record = self._new_record()
 
     def _new_record(self) -> Record:
@@ -292,6 +304,8 @@ class Acceleration:
         self._runtime.record.step_ends.append(now(self._device))
         if self._runtime.state.was_last_step:
             self._runtime.forget()
+            if self._splits:
+                next(iter(self._splits.values())).end_generation()
 
     def _plan_source(self) -> str:
         plan, grid = self._choice.plan, self._runtime.record.grid
@@ -361,6 +375,23 @@ def _regions(choice: Choice, runtime: Runtime, targets: tuple[Target, ...]) -> d
     return {
         each.name: RegionSampling(plan.regions, runtime, each.name, each.family, each.transformer) for each in targets
     }
+
+
+def _splits(runtime: Runtime, targets: tuple[Target, ...], undo: ExitStack) -> dict[str, Split]:
+    """By component name; none where one process has a video for itself. Raises AccelerateError."""
+    configs = {each.name: config for each in targets if (config := config_of(each.transformer)) is not None}
+    if not configs:
+        return {}
+    try:
+        splits = {
+            each.name: Split(each.transformer, configs[each.name], each.family.heads(each.transformer), runtime)
+            for each in targets
+        }
+    except ValueError as error:
+        raise AccelerateError(str(error)) from error
+    runtime.agreement = agreement_of(next(iter(configs.values())))
+    undo.callback(runtime.agreement.close)
+    return splits
 
 
 def _weights(

@@ -11,6 +11,7 @@ from pointillist.accel.dense import check_dense
 from pointillist.accel.models import family_of, supported
 from pointillist.accel.models.family import Family
 from pointillist.accel.models.other import Other, Sana
+from pointillist.accel.parallel.split import config_of, degrees, why_no_ring
 from pointillist.accel.plan import Plan
 from pointillist.accel.step_cache.policy import Caching
 from pointillist.accel.step_cache.table import CacheTable
@@ -74,6 +75,12 @@ class Setup:
     def regions(self) -> bool:
         """Whether some steps compute a part of the tokens."""
         return self.plan is not None and self.plan.regions is not None
+
+    @property
+    def ring(self) -> int:
+        """So many processes hold keys for each other; 1 where each has all."""
+        config = config_of(self.targets[0].transformer)
+        return 1 if config is None else degrees(config)[1]
 
     @property
     def reuses(self) -> bool:
@@ -140,6 +147,17 @@ CONFLICTS = (
         lambda its: its.caching is not None and its.caching.decider in ("magnitude", "modulated")
         and its.plan is not None and its.plan.patterns != {"dense"},
         lambda its: f"the cache {its.caching} was calibrated on dense attention; the plan {_plan(its)!r} is sparse",
+    ),
+    Conflict(
+        "a plan that a ring cannot carry out", "refuse",
+        lambda its: its.ring > 1 and why_no_ring(its.plan),
+        lambda its: f"the plan {_plan(its)!r} cannot run in a ring of {its.ring} processes: {why_no_ring(its.plan)}",
+    ),
+    Conflict(
+        "one transformer of two is split", "refuse",
+        lambda its: len({config_of(each.transformer) is None for each in its.targets}) == 2,
+        lambda its: f"one of {' and '.join(each.name for each in its.targets)} is split over processes and one is not; "
+        "enable_parallelism on both",
     ),
     Conflict(
         "one transformer of two is missing", "refuse",
@@ -224,8 +242,10 @@ def _target(name: str, transformer: torch.nn.Module, sparse: bool) -> Target:
         raise AccelerateError(f"{described} has compiled blocks; call accelerate first and compile after it")
     if caches := bridge.caching_hooks(transformer):
         raise AccelerateError(f"{described} has a Diffusers cache ({', '.join(caches)}); call disable_cache() on it")
-    if any(bridge.is_parallel(attention) for _, attention in sites):
-        raise AccelerateError(f"{described} is split over processes (enable_parallelism), which is not supported")
+    try:
+        config_of(transformer)
+    except ValueError as error:
+        raise AccelerateError(f"{described}: {error}") from error
     for name_of_site, (_, attention) in zip(family.site_names(transformer), sites, strict=True):
         found = type(attention.processor).__name__
         if found not in family.PROCESSORS:
