@@ -18,6 +18,7 @@ from pointillist.accel.conflicts import (
     Target,
     check_arguments,
     check_setup,
+    doubts,
     inert,
     targets_of,
 )
@@ -264,6 +265,8 @@ class Acceleration:
         if self._choice.table is not None:
             record.warnings.extend(self._choice.table.doubts(_here(self._choice, self._targets[0], self._pipe)))
         steps = len(self._runtime.state.sigmas)
+        if steps:
+            record.warnings.extend(doubts(self._setup, steps))
         if steps and (why := inert(self._setup, steps)):
             record.warnings.append(why)
         return record

@@ -11,8 +11,9 @@ from pointillist.accel import bridge
 from pointillist.accel.dense import check_dense
 from pointillist.accel.models import SUPPORTED, family_of, other
 from pointillist.accel.plan import Plan
+from pointillist.accel.step_cache.calibration import MadeWith
 from pointillist.accel.step_cache.policy import Caching
-from pointillist.accel.step_cache.table import CacheTable
+from pointillist.accel.step_cache.table import CacheTable, shift_of
 from pointillist.kernels import choose_backend
 
 FEW_STEPS = 8
@@ -75,6 +76,22 @@ class Setup:
         return self.plan is not None and self.plan.regions is not None
 
     @property
+    def curve(self) -> MadeWith | None:
+        """What the cache was calibrated with, if it was."""
+        return None if self.caching is None else self.caching.made.calibrated
+
+    def here(self, steps: int | None = None) -> MadeWith:
+        """What a curve would have to be calibrated with."""
+        sparse = self.plan is not None and self.plan.patterns != {"dense"}
+        return MadeWith(
+            model=model_of(self.targets),
+            scheduler=self.sampler,
+            steps=steps,
+            shift=shift_of(self.scheduler),
+            plan=_plan(self) if sparse else "none",
+        )
+
+    @property
     def reuses(self) -> bool:
         """Whether anything of one step serves another."""
         return self.regions or self.caching is not None or self.table is not None
@@ -129,10 +146,17 @@ CONFLICTS = (
         "take one away: regions='none', or another cache",
     ),
     Conflict(
+        "a curve of another model", "refuse",
+        lambda its: its.curve is not None
+        and not its.curve.is_of(its.here(), [each.transformer for each in its.targets]),
+        lambda its: f"the cache {its.caching} was calibrated for another model: {_model(its.curve)}, but here it is "
+        f"{_model(its.here())}; calibrate one with `pointillist bench cache`, or take cache='easy'",
+    ),
+    Conflict(
         "a curve of another attention", "warn",
-        lambda its: its.caching is not None and its.caching.decider in ("magnitude", "modulated")
-        and its.plan is not None and its.plan.patterns != {"dense"},
-        lambda its: f"the cache {its.caching} was calibrated on dense attention; the plan {_plan(its)!r} is sparse",
+        lambda its: its.curve is not None and its.curve.plan not in (None, its.here().plan),
+        lambda its: f"the cache {its.caching} was calibrated with the attention plan {its.curve.plan!r}; here it is "  # type: ignore[union-attr]
+        f"{its.here().plan!r}, so errors may be greater",
     ),
     Conflict(
         "one transformer of two is missing", "refuse",
@@ -152,6 +176,18 @@ def check_setup(setup: Setup) -> tuple[str, ...]:
     return tuple(rule.sentence(setup) for rule in applying)
 
 
+def doubts(setup: Setup, steps: int) -> tuple[str, ...]:
+    """Sentences on what a cache was calibrated with that is not so in a generation of so many steps."""
+    if setup.curve is None:
+        return ()
+    return setup.curve.doubts(setup.here(steps), f"the cache {setup.caching}")
+
+
+def model_of(targets: tuple[Target, ...]) -> str:
+    """Names the model: fingerprints of its transformers, each once."""
+    return "+".join(dict.fromkeys(each.family.fingerprint(each.transformer) for each in targets))
+
+
 def inert(setup: Setup, steps: int) -> str:
     """Why nothing will be reused in a generation of so many steps; "" if something may be."""
     caching = setup.caching
@@ -167,6 +203,12 @@ def inert(setup: Setup, steps: int) -> str:
 
 def _classes(setup: Setup) -> str:
     return ", ".join(type(each.transformer).__name__ for each in setup.targets)
+
+
+def _model(made: MadeWith | None) -> str:
+    if made is None or made.model is not None:
+        return str(made and made.model)
+    return f"a {made.transformer} of {made.layers} layers"
 
 
 def _plan(setup: Setup) -> str:

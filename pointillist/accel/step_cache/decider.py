@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 if TYPE_CHECKING:
     import torch
 
+    from pointillist.accel.step_cache.calibration import MadeWith
+
 
 @dataclass
 class Seen:
@@ -50,6 +52,11 @@ class Decider:
     def blocks_before(self) -> int:
         """So many blocks run before it decides; 0 where it decides on entering."""
         return 0
+
+    @property
+    def calibrated(self) -> MadeWith | None:
+        """What its curves were recorded with; None where it has none."""
+        return None
 
     def reuse(self, seen: Seen) -> bool:
         """Whether to reuse; asked at every step, also where the answer cannot be followed."""
