@@ -1,5 +1,6 @@
 """`accelerate`: install a plan in a pipeline, report what ran, restore."""
 
+import functools
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -24,8 +25,10 @@ from pointillist.accel.conflicts import (
 )
 from pointillist.accel.dense import DenseAttention
 from pointillist.accel.layouts import forget_layouts
+from pointillist.accel.memory import branches_of
 from pointillist.accel.patterns import pattern_class
 from pointillist.accel.plan import Plan
+from pointillist.accel.regions.keys import Recomputing
 from pointillist.accel.regions.policy import Regions
 from pointillist.accel.regions.rows import RegionSampling
 from pointillist.accel.report import Record, Report, make_report
@@ -106,9 +109,10 @@ class Acceleration:
         with ExitStack() as undo:  # undoes all of it if one installation fails
             self._watch_scheduler()
             undo.callback(lambda: self._unwatch_scheduler())
-            self._caches = _caches(choice, self._runtime, self._targets)
-            self._tables = _tables(choice, self._runtime, self._targets, self._pipe)
-            self._regions = _regions(choice, self._runtime, self._targets)
+            branches = functools.partial(branches_of, self._pipe)
+            self._caches = _caches(choice, self._runtime, self._targets, branches)
+            self._tables = _tables(choice, self._runtime, self._targets, self._pipe, branches)
+            self._regions = _regions(choice, self._runtime, self._targets, branches)
             for target in self._targets:
                 self._install(target, undo)
             undo.callback(forget_layouts)
@@ -232,6 +236,9 @@ class Acceleration:
             trained = weights_of(attention, name, self._weights)
             sites[attention] = Site(name, layer, self._dense.handler(attention), self._runtime, trained)
             undo.callback(bridge.route(block, attention, sites[attention]))
+            if regions is not None and self._runtime.keeps_how[layer] == "input":
+                again = torch.compiler.disable(Recomputing(self._runtime, f"{name} keys").around)
+                undo.callback(wrap(attention, "forward", again))
         if plan is not None and plan.hoist:
 
             def order() -> tuple[torch.Tensor, torch.Tensor]:
@@ -298,14 +305,21 @@ class Acceleration:
         return f"{self._choice.source}; carried over from the grid {made_for} to {here} with {how}"
 
 
-def _caches(choice: Choice, runtime: Runtime, targets: tuple[Target, ...]) -> dict[str, StepCache]:
+def _caches(
+    choice: Choice, runtime: Runtime, targets: tuple[Target, ...], branches: Callable[[str], int]
+) -> dict[str, StepCache]:
     """By component name. Raises AccelerateError where a model lacks what the cache needs."""
     if choice.caching is None:
         return {}
     try:
         return {
             each.name: StepCache(
-                choice.caching, runtime, each.name, each.transformer, each.family.fingerprint(each.transformer)
+                choice.caching,
+                runtime,
+                each.name,
+                each.transformer,
+                each.family.fingerprint(each.transformer),
+                branches,
             )
             for each in targets
         }
@@ -313,13 +327,15 @@ def _caches(choice: Choice, runtime: Runtime, targets: tuple[Target, ...]) -> di
         raise AccelerateError(str(error)) from error
 
 
-def _tables(choice: Choice, runtime: Runtime, targets: tuple[Target, ...], pipe: Any) -> dict[str, ModuleCache]:
+def _tables(
+    choice: Choice, runtime: Runtime, targets: tuple[Target, ...], pipe: Any, branches: Callable[[str], int]
+) -> dict[str, ModuleCache]:
     """By component name. Raises AccelerateError where a model is not the table's."""
     if choice.table is None:
         return {}
     _check_table(choice, targets, pipe)
     return {
-        each.name: ModuleCache(choice.table, runtime, each.name, each.family.modules(each.transformer))
+        each.name: ModuleCache(choice.table, runtime, each.name, each.family.modules(each.transformer), branches)
         for each in targets
     }
 
@@ -347,14 +363,17 @@ def _here(choice: Choice, target: Target, pipe: Any) -> MadeFor:
     )
 
 
-def _regions(choice: Choice, runtime: Runtime, targets: tuple[Target, ...]) -> dict[str, RegionSampling]:
+def _regions(
+    choice: Choice, runtime: Runtime, targets: tuple[Target, ...], branches: Callable[[str], int]
+) -> dict[str, RegionSampling]:
     """By component name; none where the plan has no region steps."""
     plan = choice.plan
     if plan is None or plan.regions is None:
         return {}
-    runtime.keeps_how = plan.regions.keys
+    runtime.keeps_how = plan.regions.keeps(max(len(each.family.sites(each.transformer)) for each in targets))
     return {
-        each.name: RegionSampling(plan.regions, runtime, each.name, each.family, each.transformer) for each in targets
+        each.name: RegionSampling(plan.regions, runtime, each.name, each.family, each.transformer, branches)
+        for each in targets
     }
 
 

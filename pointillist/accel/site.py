@@ -9,6 +9,7 @@ import torch
 
 from pointillist.accel.bridge import SiteHandler
 from pointillist.accel.layouts import Group, Laid, lay_out, pattern_for, select, sub_call
+from pointillist.accel.memory import held_bytes
 from pointillist.accel.patterns.pattern import Call, Pattern, Selection
 from pointillist.accel.plan import Plan, Rule
 from pointillist.accel.regions import keys
@@ -38,7 +39,10 @@ class Runtime:
         """int64 [B, n]: the tokens that the running call computes; None is all."""
         self.keeps_keys = False
         """Whether a later step computes a part of the tokens only, and needs the keys of this one."""
-        self.keeps_how = "full"
+        self.keeps_how: tuple[str, ...] = ()
+        """By layer: see `Regions.keys`."""
+        self.only_keys = False
+        """Whether the running call of an attention module is for its keys and values alone."""
         self._wish = backend
         self._backends: dict[torch.device, tuple[str, str]] = {}
         self._memories: dict[tuple[str, str], tuple[Any, dict[Any, Any]]] = {}
@@ -69,7 +73,11 @@ class Runtime:
 
     def held(self, ending: str) -> int:
         """Bytes that are remembered at all places whose names end so."""
-        return sum(_bytes(memory) for (place, _), (_, memory) in self._memories.items() if place.endswith(ending))
+        return held_bytes([memory for (place, _), (_, memory) in self._memories.items() if place.endswith(ending)])
+
+    def branches(self, place: str) -> int:
+        """How many guidance branches have been at a place in this generation."""
+        return sum(each == place for each, _ in self._memories)
 
     def forget(self) -> None:
         """Nothing of this generation is needed any more."""
@@ -103,6 +111,9 @@ class Site:
                 f"{self.name} was reached outside of its transformer's forward call, or accelerated "
                 "pipelines run in two threads at once; run one at a time in a process"
             )
+        if self._runtime.only_keys:
+            keys.keep(self._keys(), k, v, "full")
+            return torch.empty_like(q)
         start, density = now(q.device), None
         if self._runtime.rows is not None:
             out = self._part(self._runtime.rows, q, k, v, scale)
@@ -121,7 +132,7 @@ class Site:
         else:
             out, density = self._sparse(plan, groups, self._call(plan, groups, q, k, v, scale))
         if self._runtime.keeps_keys:
-            keys.keep(self._keys(), k, v, self._runtime.keeps_how)
+            keys.keep(self._keys(), k, v, self._runtime.keeps_how[self._layer])
         record.calls.append(AttentionCall(self.name, state.branch, state.step, density, start, now(q.device)))
         if self._runtime.observer is not None:
             instead = self._runtime.observer(self.name, state.branch, state.step, q, k, v, out)
@@ -276,15 +287,6 @@ class Site:
         if plan.reuse_steps > 1:
             call.memory["selection", group] = (made, selection)
         return selection
-
-
-def _bytes(value: Any) -> int:
-    """Of all tensors in nested containers."""
-    if isinstance(value, torch.Tensor):
-        return value.nbytes
-    if isinstance(value, dict):
-        return sum(map(_bytes, value.values()))
-    return sum(map(_bytes, value)) if isinstance(value, list | tuple) else 0
 
 
 def _blocks_of_tokens(laid: Laid, call: Call) -> torch.Tensor:

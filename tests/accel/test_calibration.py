@@ -39,7 +39,7 @@ def test_files(tmp_path):
         assert caching.most == 2 and caching.made.calibrated == CALIBRATION.made_with
     with pytest.raises(CachingError, match="rate needs no calibration"):
         Caching.parse(f"rate:file={tmp_path / 'curve.json'}")
-    with pytest.raises(CachingError, match="cannot be read as a calibration.*bench cache"):
+    with pytest.raises(CachingError, match=r"cannot be read as a calibration.*bench cache"):
         Caching.parse("magnitude:file=nowhere.json")
     replace(CALIBRATION, polynomial=None).save(tmp_path / "plain.json")
     with pytest.raises(CachingError, match="has no polynomial"):

@@ -129,7 +129,7 @@ def test_the_command(tiny_folder, tmp_path):
     assert told["curve"] == list(found.curve) and len(found.curve) == 4 and told["output"] == str(output)
     result = CliRunner().invoke(app, [*arguments, *size, "--output", str(output)], catch_exceptions=False)
     assert f"--cache modulated:file={output}" in result.stdout.replace("\n", "")
-    with pytest.raises(ValueError, match="must be a FILE.json"):
+    with pytest.raises(ValueError, match=r"must be a FILE\.json"):
         CliRunner().invoke(app, [*arguments, "--output", "curve.txt"], catch_exceptions=False)
     with pytest.raises(ValueError, match="allowed are float32"):
         CliRunner().invoke(app, [*arguments, "--output", str(output), "--dtype", "int8"], catch_exceptions=False)

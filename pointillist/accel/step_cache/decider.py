@@ -65,6 +65,10 @@ class Decider:
     def computed(self, seen: Seen, out: torch.Tensor) -> None:
         """A call was computed, and gave `out`."""
 
+    def bytes_kept(self, seen: Seen, out: torch.Tensor, branches: int) -> int:
+        """What it remembers of so many guidance branches, beside the residuals."""
+        return 0
+
     @classmethod
     def make(cls, **options: Any) -> Self:
         """Raises ValueError for options that it does not have, or values they cannot have."""

@@ -60,6 +60,9 @@ class Modulated(Decider):
         seen.memory["distance"] = seen.memory["expected"]
         return seen.memory["expected"] < self.threshold
 
+    def bytes_kept(self, seen: Seen, out: torch.Tensor, branches: int) -> int:
+        return 0 if seen.modulation is None else seen.modulation.nbytes
+
     def computed(self, seen: Seen, out: torch.Tensor) -> None:
         seen.memory["expected"] = 0.0
 
