@@ -10,7 +10,7 @@ class SkyReels(Family):
     CLASSES = ("SkyReelsV2Transformer3DModel",)
     SITES = (("blocks", "attn1"),)
     PROCESSORS = ("SkyReelsV2AttnProcessor",)
-    PRESET = Preset(density=0.2, dense_above=0.95, min_tokens=4096)
+    PRESET = Preset(density=0.2, dense_above=0.95, min_tokens=8192)
 
     def tokens(self, transformer: Any, call: Named) -> Tokens:
         """Of latents [B, C, F, H, W]."""
