@@ -61,7 +61,7 @@ def draw(shared: Shared, first: Outline) -> dict[str, Any]:
             _sides(first), value=call["height"], label="Height", elem_id="generate-height", min_width=90
         )
         made["frames"] = gr.Dropdown(
-            _lengths(first), value=call["num_frames"], label="Length", elem_id="generate-frames", min_width=140, scale=2
+            _lengths(first), value=call["num_frames"], label="Length", elem_id="generate-frames", min_width=150, scale=2
         )
     with gr.Row(elem_id="generate-seed-row"):
         made["seed"] = gr.Number(
