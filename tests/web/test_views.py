@@ -5,13 +5,13 @@ import socket
 from pathlib import Path
 
 import pytest
-from web.steps import choose, open_tab, wait_for
 
 from pointillist.accel.plan import Plan
 from pointillist.pipelines.generate import GenerateRequest
 from pointillist.pipelines.outputs import Outputs
 from pointillist.pipelines.video import read_clip, read_settings
 from video_server import VideoServer
+from web.steps import choose, open_tab, wait_for
 
 
 @pytest.fixture(scope="module")
