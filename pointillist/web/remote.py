@@ -23,8 +23,8 @@ def tab(engine: Engine, shared: Shared) -> None:
     """Draw the tab, and connect its events."""
     name = Server(shared.remote).name
     gr.HTML(
-        f"<div>Clips are made by <b>{escape(name)}</b>: its model, and its own ways to be fast. They land in the gallery "
-        "of this machine. What is left empty, the server chooses.</div>"
+        f"<div>Clips are made by <b>{escape(name)}</b>: its model, and its own ways to be fast. They land in the "
+        "gallery of this machine. What is left empty, the server chooses.</div>"
     )
     with gr.Row():
         with gr.Column(scale=5, min_width=320):
