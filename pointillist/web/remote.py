@@ -83,7 +83,7 @@ def _number(label: str, elem_id: str, value: float | None = None) -> gr.Number:
 
 
 def _whole(name: str, value: float | None, most: int = 8192) -> int | None:
-    """None for an empty field, which browsers send as 0. Raises ValueError for what is no whole number, or too large."""
+    """None for an empty field, which comes as 0. Raises ValueError for what is no whole number, or too large."""
     if not value:
         return None
     if not math.isfinite(value) or value != int(value) or not 1 <= value <= most:
