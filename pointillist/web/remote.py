@@ -23,8 +23,8 @@ def tab(engine: Engine, shared: Shared) -> None:
     """Draw the tab, and connect its events."""
     name = Server(shared.remote).name
     gr.HTML(
-        f"<div>Clips are made by <b>{escape(name)}</b>: its model, and its own ways to be fast. They land in the gallery "
-        "of this machine. What is left empty, the server chooses.</div>"
+        f"<div>Clips are made by <b>{escape(name)}</b>: its model, and its own ways to be fast. They land in the "
+        "gallery of this machine. What is empty or 0, the server chooses.</div>"
     )
     with gr.Row():
         with gr.Column(scale=5, min_width=320):
@@ -34,12 +34,12 @@ def tab(engine: Engine, shared: Shared) -> None:
                 width = _number("Width", "remote-width")
                 height = _number("Height", "remote-height")
                 frames = _number("Frames", "remote-frames")
-                fps = _number("Frames per second", "remote-fps", 16)
+                fps = _number("FPS", "remote-fps", 16)
             with gr.Row():
                 steps = _number("Steps", "remote-steps")
                 guidance = _number("Guidance", "remote-guidance")
                 shift = _number("Shift", "remote-shift")
-                seed = _number("Seed (-1 is random)", "remote-seed", -1)
+                seed = _number("Seed (-1: any)", "remote-seed", -1)
             start = gr.Button("Generate there", variant="primary", size="lg", elem_id="remote-start")
         with gr.Column(scale=6, min_width=320):
             place = gr.Column()
@@ -66,7 +66,7 @@ def tab(engine: Engine, shared: Shared) -> None:
                 prompt=cleaned(prompt), negative_prompt=cleaned(negative, "negative prompt"),
                 output=shared.outputs.new(), width=_whole("width", width), height=_whole("height", height),
                 frames=_whole("frames", frames), fps=_whole("frames per second", fps) or 16,
-                steps=_whole("steps", steps, STEPS), guidance=guidance, shift=shift,
+                steps=_whole("steps", steps, STEPS), guidance=guidance or None, shift=shift or None,
                 seed=int(seed) if seed is not None and seed >= 0 else secrets.randbelow(2**31),
             )  # fmt: skip
             check_can_be_sent(request)
@@ -83,8 +83,8 @@ def _number(label: str, elem_id: str, value: float | None = None) -> gr.Number:
 
 
 def _whole(name: str, value: float | None, most: int = 8192) -> int | None:
-    """Raises ValueError for what is no whole number, or too large."""
-    if value is None:
+    """None for an empty field, which comes as 0. Raises ValueError for what is no whole number, or too large."""
+    if not value:
         return None
     if not math.isfinite(value) or value != int(value) or not 1 <= value <= most:
         raise ValueError(f"{name} is {value:g}; it must be a whole number from 1 to {most}")

@@ -88,7 +88,7 @@ def tab(engine: Engine, shared: Shared) -> None:
         path = str(found[number][1]) if number is not None else None
         return [
             charts.curve(points, number), words, gr.Button(visible=able), gr.DownloadButton(visible=able, value=path),
-            number, gr.Button("Go on with it", visible=not over and not _at_work(engine, folder)),
+            number, gr.Button("Go on with it", visible=not over),
         ]  # fmt: skip
 
     def finished(job: Job) -> list[Any]:
@@ -115,9 +115,12 @@ def tab(engine: Engine, shared: Shared) -> None:
         except (ValueError, OSError) as error:
             return [*panel.refuse(str(error)), gr.skip()]
 
-    def go_on(name: str) -> list[Any]:
+    def go_on(name: str | None) -> list[Any]:
         try:
-            return submit(searches.request(name))
+            request = searches.request(name or "")
+            if _at_work(engine, request.folder):
+                raise ValueError("this search is at work, or waits for its turn")
+            return submit(request)
         except (ValueError, OSError) as error:
             return [*panel.refuse(str(error)), gr.skip()]
 

@@ -1,4 +1,4 @@
-"""Inspect, Search, Repaint and Remote as a person uses them, with a tiny model and the embedded one on its small grid."""
+"""Inspect, Search, Repaint and Remote as a person uses them, on the smallest grids."""
 
 import re
 import socket
@@ -41,9 +41,9 @@ def test_through_the_map_to_a_head_and_a_token(view, served, clip):
     assert page.locator("#inspect-bill .bars").count() == 6
     assert page.locator("#inspect-map button").all_inner_texts() == ["40"] * 24
     page.click("#inspect-steps button >> nth=0")  # a dense step
-    page.wait_for_function("document.querySelector('#inspect-map button').innerText === '100'")
+    page.wait_for_function("document.querySelector('#inspect-map button')?.innerText === '100'")
     page.click("#inspect-steps button >> nth=2")
-    page.wait_for_function("document.querySelector('#inspect-map button').innerText === '40'")
+    page.wait_for_function("document.querySelector('#inspect-map button')?.innerText === '40'")
     page.click("#inspect-map button[data-pick='2,3']")
     page.wait_for_selector("#inspect-map button.on[data-pick='2,3']")
     page.click("#inspect-record")
@@ -101,7 +101,7 @@ def test_search_shows_its_curve_and_hands_a_plan_over(view, served, tiny_folder)
     points = page.locator("#search-curve [data-pick]")
     said = page.inner_text("#search-point")
     points.nth(points.count() - 1).locator("circle.hit").click()
-    page.wait_for_function("said => document.querySelector('#search-point').innerText !== said", arg=said)
+    page.wait_for_function("said => document.querySelector('#search-point')?.innerText !== said", arg=said)
     page.click("#search-use")
     page.wait_for_selector("#tab-generate #generate-prompt")
     [plan] = (served.folder / "plans").glob("*.safetensors")
@@ -113,7 +113,7 @@ def test_search_shows_its_curve_and_hands_a_plan_over(view, served, tiny_folder)
 def test_repaint_what_was_drawn_over(view, served, clip):
     page = view()
     in_hand(page, clip, "repaint")
-    page.wait_for_function("document.querySelector('#repaint-prompt textarea').value === 'a <b>red</b> circle'")
+    page.wait_for_function("document.querySelector('#repaint-prompt textarea')?.value === 'a <b>red</b> circle'")
     page.click("#repaint-start")
     wait_for(page, "nothing is drawn", "repaint")
     canvas = page.locator("#repaint-editor canvas").first
