@@ -71,12 +71,7 @@ SHOWN = {"generate": show_generate, "compare": show_compare, "gallery": show_gal
 
 
 def open_tab(page: Page, title: str) -> None:
-    tab = page.get_by_role("tab", name=title, exact=True).locator("visible=true")
-    if tab.count():
-        tab.first.click()
-        return
-    page.locator(".overflow-menu > button").locator("visible=true").click()  # of those that have no room
-    page.locator(".overflow-dropdown button", has_text=title).click()
+    page.get_by_role("tab", name=title, exact=True).click()
 
 
 def photograph(browser: Browser, url: str, state: Any, folder: Path, tabs: list[tuple[str, str]]) -> None:

@@ -48,7 +48,7 @@ def build(
         clip = gr.BrowserState("", storage_key="pointillist-clip", secret="pointillist")
         settings, plan = gr.State(None), gr.State(None)
         gr.HTML('<div class="banner"><b>Pointillist</b><span>video, accelerated: see what is computed</span></div>')
-        with gr.Tabs(elem_id="tabs") as tabs:
+        with gr.Tabs(elem_id="tabs", overflow_behavior="wrap") as tabs:
             for name, title, module in TABS[:1] + REMOTE * bool(server) + TABS[1:]:
                 with gr.Tab(title, id=name, elem_id=f"tab-{name}", render_children=True) as here:
                     module.tab(

@@ -64,8 +64,7 @@ def test_through_the_map_to_a_head_and_a_token(view, served, clip):
 
 def test_a_plan_alone_has_a_map_and_what_its_search_recorded(view):
     page = view(width=390, height=844, color_scheme="dark")
-    page.click("#tabs .overflow-menu button")
-    page.locator("#tabs .overflow-dropdown button").filter(has_text="Inspect").click()
+    open_tab(page, "Inspect")
     choose(page, "inspect-source", "embedded-balanced")
     page.wait_for_selector("#inspect-map button")
     page.click("#inspect-map button[data-pick='3,1']")
