@@ -11,6 +11,7 @@ from pointillist.pipelines.generate import GenerateRequest
 from pointillist.pipelines.outputs import Outputs
 from pointillist.pipelines.video import read_clip, read_settings
 from video_server import VideoServer
+from web.conftest import WAIT
 from web.steps import choose, open_tab, wait_for
 
 
@@ -75,6 +76,7 @@ def test_a_plan_alone_has_a_map_and_what_its_search_recorded(view):
 
 def test_search_shows_its_curve_and_hands_a_plan_over(view, served, tiny_folder):
     page = view()
+    page.set_default_timeout(3 * WAIT)
     open_tab(page, "Search")
     page.get_by_label("so many times as fast").click()
     page.fill("#search-number input", "0.5")
