@@ -11,6 +11,7 @@ from pointillist.pipelines.generate import GenerateRequest
 from pointillist.pipelines.outputs import Outputs
 from pointillist.pipelines.video import read_clip, read_settings
 from video_server import VideoServer
+from web.conftest import WAIT
 from web.steps import choose, open_tab, wait_for
 
 
@@ -64,8 +65,7 @@ def test_through_the_map_to_a_head_and_a_token(view, served, clip):
 
 def test_a_plan_alone_has_a_map_and_what_its_search_recorded(view):
     page = view(width=390, height=844, color_scheme="dark")
-    page.click("#tabs .overflow-menu button")
-    page.locator("#tabs .overflow-dropdown button").filter(has_text="Inspect").click()
+    open_tab(page, "Inspect")
     choose(page, "inspect-source", "embedded-balanced")
     page.wait_for_selector("#inspect-map button")
     page.click("#inspect-map button[data-pick='3,1']")
@@ -76,6 +76,7 @@ def test_a_plan_alone_has_a_map_and_what_its_search_recorded(view):
 
 def test_search_shows_its_curve_and_hands_a_plan_over(view, served, tiny_folder):
     page = view()
+    page.set_default_timeout(3 * WAIT)
     open_tab(page, "Search")
     page.get_by_label("so many times as fast").click()
     page.fill("#search-number input", "0.5")
