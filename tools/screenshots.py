@@ -78,10 +78,10 @@ def show_repaint(page: Page) -> None:
 
 
 SHOWN = {
-    "inspect": show_inspect,
-    "repaint": show_repaint,
     "generate": show_generate,
     "compare": show_compare,
+    "inspect": show_inspect,
+    "repaint": show_repaint,
     "gallery": show_gallery,
     "system": show_system,
 }

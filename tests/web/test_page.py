@@ -143,4 +143,4 @@ def test_presets_stay_in_the_browser(view):
     page.wait_for_selector("#generate-predicted .predicted")
     page.click("#generate-presets button")
     choose(page, "generate-preset", "mine")
-    page.wait_for_function("document.querySelector('#generate-steps input[type=number]')?.value === '33'")
+    page.wait_for_function("document.querySelectorAll('#generate-predicted .steps i').length === 33")
