@@ -88,6 +88,7 @@ RING = {
     "ring: hoisted": Case(
         mixed(*STATIC[:3], Rule("tile", 0.2), hoist="tiles"), ring=2, ulysses=1
     ),
+    "ring: with a residual": Case(mixed(*STATIC, tail="pooled", residual=True), ring=2, ulysses=1),
     "ring: few pairs": Case(mixed(Rule("diagonal", 0.02), Rule("tile", 0.02), Rule("dense", 1.0), Rule("window", 0.1)),
                             ring=2, ulysses=1),
     "ring: cache": Case(mixed(*STATIC), steps=10, how={"cache": "first_block:threshold=0.6"}, ring=2, ulysses=1),
@@ -175,8 +176,8 @@ def run_case(name: str):
 
 
 def wan(case: Case):
-    pipe = make_pipe(transformer=make_transformer(num_attention_heads=case.heads, layers=3))
     texts = torch.randn(2, 1, case.text, 32)
+    pipe = make_pipe(transformer=make_transformer(num_attention_heads=case.heads, layers=3))
     return pipe, dict(
         prompt_embeds=texts[0], negative_prompt_embeds=texts[1], num_frames=case.frames, guidance_scale=3.0
     )

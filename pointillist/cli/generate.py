@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from pointillist.accel.parallel.job import this_job
 from pointillist.accel.patterns import PATTERNS
 from pointillist.cli.progress import show_progress
 from pointillist.pipelines.embedded.vocabulary import KNOWN_WORDS, unknown_words
@@ -66,6 +67,12 @@ def command(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, …")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     download: Annotated[bool, typer.Option("--download", help="Allow fetching a Hub id from the network.")] = False,
+    ulysses: Annotated[
+        int, typer.Option(help="Under torchrun: so many processes exchange heads. Times --ring, all processes.")
+    ] = 1,
+    ring: Annotated[
+        int, typer.Option(help="Under torchrun: so many groups show each other their keys; for patterns of the grid.")
+    ] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Generate a clip from PROMPT, accelerated."""
@@ -73,9 +80,13 @@ def command(
         prompt=prompt, output=output, model=model, negative_prompt=negative_prompt, steps=steps, seed=seed,
         width=width, height=height, frames=frames, guidance=guidance, shift=shift, fps=fps, speed=speed, plan=plan,
         pattern=pattern, density=density, options=tuple(option or ()), tail=tail, dense=dense, cache=cache,
-        regions=regions, compare=compare, keep=keep, device=device, dtype=dtype, download=download,
+        regions=regions, compare=compare, keep=keep, device=device, dtype=dtype, download=download, ulysses=ulysses,
+        ring=ring,
     )  # fmt: skip
     quieten()
+    if this_job().rank:  # the first process of a job speaks for all
+        generate(request)
+        return
     _hint_at_words(request)
     console = Console(stderr=True)
     with show_progress(console) as progress:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
-import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from pointillist.accel.parallel.job import this_job
 from pointillist.accel.patterns import pattern_class
 from pointillist.accel.plan import Plan, PlanError, Rule
 from pointillist.accel.regions.policy import Regions
 from pointillist.accel.schedule import Schedule
 from pointillist.accel.step_cache.policy import Caching
 from pointillist.accel.step_cache.table import CacheTable, is_table
+from pointillist.pipelines.job import check_degrees, device_of, seed_of, together
 from pointillist.pipelines.kept import Kept, check_kept_file, save_kept
 from pointillist.pipelines.video import Clip, check_format, check_output, write_clips
 
@@ -35,6 +36,8 @@ ASKED = (
     "dense",
     "cache",
     "regions",
+    "ulysses",
+    "ring",
 )
 """What a file says of its request beside the facts; null is the default."""
 
@@ -75,6 +78,9 @@ class GenerateRequest:
     device: str | None = None
     dtype: str | None = None
     download: bool = False
+    ulysses: int = 1
+    ring: int = 1
+    """`ulysses · ring` processes, started by torchrun, make the clip together."""
 
     def __post_init__(self) -> None:
         if not self.prompt.strip():
@@ -117,6 +123,7 @@ class GenerateRequest:
             raise ValueError(
                 "--speed exact computes everything, so it cannot stand beside --cache or --regions; leave them out"
             )
+        check_degrees(self.ulysses, self.ring)
         if self.dtype is not None and self.dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"dtype {self.dtype!r} is unknown; allowed are float32, bfloat16, float16")
 
@@ -174,15 +181,24 @@ def generate(request: GenerateRequest, progress: Progress = lambda event: None) 
     started = time.perf_counter()
     progress(Event("loading the model"))
     pipe, plan, call = prepare(request)
-    seed = request.seed if request.seed is not None else secrets.randbelow(2**31)
     loaded = time.perf_counter() - started
+    with together(pipe, request.ulysses, request.ring) as job:
+        return _carry_out(request, pipe, plan, call, loaded, progress if job.rank == 0 else lambda event: None)
 
+
+def _carry_out(
+    request: GenerateRequest, pipe: Any, plan: Any, call: dict[str, Any], loaded: float, progress: Progress
+) -> GenerateResult:
+    """With everything checked and loaded. The first process of a job writes the files; others give a result without."""
+    seed = seed_of(request.seed)
     dense = run_once(pipe, "none", call, seed, progress, "dense", request.dense) if request.compare else None
     label = "accelerated" if request.compare else ""
     keep = request.keep is not None
     fast = run_once(pipe, plan, call, seed, progress, label, request.dense, request.cache, request.regions, keep)
     facts = describe(request, call, seed, fast, dense)
     facts["load_seconds"] = round(loaded, 3)
+    if this_job().rank:
+        return GenerateResult(request.output, rounded(facts))
 
     progress(Event("writing"))
     kept = None
@@ -215,7 +231,7 @@ def prepare(request: GenerateRequest) -> tuple[Any, Any, dict[str, Any]]:
     if request.plan not in (None, "auto", "none"):
         Plan.load(request.plan)  # a bad file is told before a model is loaded
     dtype = getattr(torch, request.dtype) if request.dtype else None
-    pipe = load_pipeline(request.model, dtype=dtype, device=request.device, download=request.download)
+    pipe = load_pipeline(request.model, dtype=dtype, device=device_of(request.device), download=request.download)
     targets_of(pipe, sparse=request.plan != "none")
     chosen = {
         "height": request.height, "width": request.width, "num_frames": request.frames,

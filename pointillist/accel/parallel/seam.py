@@ -13,6 +13,7 @@ import torch
 
 from pointillist.accel import bridge
 from pointillist.accel.parallel import engine
+from pointillist.accel.parallel.errors import ParallelError
 from pointillist.accel.parallel.tokens import part_sizes, tokens_in_a_row
 
 
@@ -133,10 +134,10 @@ class Seam:
     def _check_lengths(self) -> None:
         ulysses, ring = engine.degrees(self.config)
         if least := [n for n in self.lengths if n < self.parts]:
-            raise engine.ParallelError(f"{least[0]} tokens cannot be split over {self.parts} processes; take fewer")
+            raise ParallelError(f"{least[0]} tokens cannot be split over {self.parts} processes; take fewer")
         uneven = any(n % self.parts for n in self.lengths)
         if uneven and ulysses > 1 and ring > 1:
-            raise engine.ParallelError(
+            raise ParallelError(
                 f"{' and '.join(map(str, self.lengths))} tokens do not divide by {self.parts} processes, which a ring "
                 "of Ulysses groups needs; take --ulysses or --ring alone, or another size"
             )

@@ -114,8 +114,6 @@ def why_no_ring(plan: Plan | None) -> str:
         return "the pattern skip has the last word on its rows, which parts of a ring do not know; take ulysses alone"
     if plan.tail not in ("none", "pooled"):
         return f"the tail {plan.tail!r} is of whole rows of the attention matrix; take the tail none or pooled"
-    if plan.residual:
-        return "a residual is what whole rows lost; take a plan without it, or ulysses alone"
     if plan.quantized != "none":
         return f"quantized={plan.quantized!r} has no log-sum-exp to merge parts by; take quantized='none'"
     if plan.regions is not None:

@@ -1,0 +1,62 @@
+"""A process that dies, hangs or disagrees ends the job on all of them, with a reason."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from jobs import TESTS, free_port
+
+SECONDS = 120
+"""Until the job has ended: an agreement waits 8 s in these tests, the rest is starting Python on a busy machine."""
+
+
+def run(how, folder, wait_for=(0, 1)):
+    """Exit codes and outputs of the processes that are waited for; the others are killed then."""
+    port, started = free_port(), []
+    for rank in range(2):
+        environment = os.environ | {
+            "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path]),
+        }  # fmt: skip
+        with (folder / f"{rank}.txt").open("w") as log:
+            command = [sys.executable, str(TESTS / "broken_jobs.py"), how]
+            started.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.DEVNULL))
+    try:
+        codes = [started[rank].wait(SECONDS) for rank in wait_for]
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+    return codes, [(folder / f"{rank}.txt").read_text() for rank in range(2)]
+
+
+def test_a_process_that_dies_ends_the_other_one(tmp_path):
+    codes, (first, _) = run("dies", tmp_path)
+    assert codes == [1, 9]
+    assert first.startswith("ParallelError: another process of this job has ended or does not answer")
+
+
+def test_a_process_that_hangs_ends_the_other_one(tmp_path):
+    codes, (first, _) = run("hangs", tmp_path, wait_for=(0,))
+    assert codes == [1]
+    assert first.startswith("ParallelError: another process of this job has ended or does not answer")
+
+
+@pytest.mark.parametrize(
+    ("how", "what"),
+    [
+        ("another seed", "input hidden_states"),
+        ("another prompt", "input encoder_hidden_states"),
+        ("another plan", "plan .rank 0: uniform window at 0.5"),
+        ("more steps", "number of steps .rank 0: 4; rank 1: 5"),
+    ],
+)
+def test_processes_that_disagree_all_say_on_what(tmp_path, how, what):
+    codes, outputs = run(how, tmp_path)
+    assert codes == [1, 1]
+    for output in outputs:
+        assert output.startswith("ParallelError: the processes of this job do not agree on the")
+        with_words = pytest.importorskip("re").search(what, output)
+        assert with_words, output
