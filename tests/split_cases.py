@@ -16,6 +16,7 @@ from diffusers import (
 
 import pointillist
 from conftest import make_pipe, make_transformer
+from pointillist.accel.parallel.errors import ParallelError
 from pointillist.accel.parallel.start import parallelize
 from pointillist.accel.plan import Plan, Rule
 from pointillist.accel.schedule import Schedule
@@ -121,6 +122,13 @@ REFUSED = {
     "heads": (Case(heads=1), "1 heads cannot be spread over 2"),
     "degrees": (Case(ulysses=4), "is 4, and this job has 2 processes"),
 }  # fmt: skip
+DISAGREEING = {
+    "another prompt": "input encoder_hidden_states",
+    "another seed": "input hidden_states",
+    "another plan": "plan .rank 0: uniform window at 0.5",
+    "more steps": "number of steps .rank 0: 2; rank 1: 3",
+}
+"""What the second process does in another way, and what both then say."""
 ALL = CASES | RING | FOUR | FOUR_IN_RINGS | {name: case for name, (case, _) in REFUSED.items()}
 
 
@@ -161,6 +169,8 @@ ALL |= JOINT | JOINT_RING | JOINT_FOUR | JOINT_FOUR_IN_RINGS
 
 def run_case(name: str):
     """The latents and the report's figures of one case, split if there are several processes."""
+    if name in DISAGREEING:
+        return disagree(name)
     case = ALL[name]
     torch.manual_seed(7)
     pipe, arguments = {"wan": wan, "flux": flux, "hunyuan": hunyuan}[case.family](case)
@@ -173,6 +183,30 @@ def run_case(name: str):
         )[0]  # fmt: skip
         report = handle.report()
     return out, report.steps, report.density
+
+
+def disagree(how: str) -> str:
+    """What this process raises, with what the other one raises behind it."""
+    other = dist.get_rank() == 1
+    torch.manual_seed(7)
+    pipe, arguments = wan(Case())
+    parallelize(pipe, 2)
+    if other and how == "another prompt":
+        arguments["prompt_embeds"] = arguments["prompt_embeds"] + 1
+    plan = Plan.uniform("window", 0.3 if other and how == "another plan" else 0.5, block=8)
+    seed = 6 if other and how == "another seed" else 5
+    said = ""
+    try:
+        with pointillist.accelerate(pipe, plan):
+            pipe(
+                height=64, width=64, num_inference_steps=3 if other and how == "more steps" else 2,
+                generator=torch.Generator().manual_seed(seed), output_type="latent", **arguments,
+            )  # fmt: skip
+    except ParallelError as error:
+        said = str(error)
+    all_said = ["", ""]
+    dist.all_gather_object(all_said, said)
+    return "\n".join(all_said)
 
 
 def wan(case: Case):

@@ -30,7 +30,7 @@ from pointillist.accel.regions.policy import Regions
 from pointillist.accel.regions.rows import RegionSampling
 from pointillist.accel.report import Record, Report, make_report
 from pointillist.accel.run_state import watch_branches, watch_generations, wrap
-from pointillist.accel.site import Observer, Runtime, Site
+from pointillist.accel.site import LayoutObserver, Observer, Runtime, Site
 from pointillist.accel.step_cache.modules import ModuleCache
 from pointillist.accel.step_cache.policy import Caching, CachingError
 from pointillist.accel.step_cache.stack import StepCache
@@ -142,6 +142,12 @@ class Acceleration:
         None ends it. The tensors may be reused after the call: clone what is to be kept. A tensor that it returns takes
         the place of out."""
         self._runtime.observer = observer
+
+    def observe_layouts(self, observer: LayoutObserver | None) -> None:
+        """Call `observer(site, branch, step, laid)` at every sparse attention call from now on, before it is computed;
+        None ends it. `laid.layout` says which pairs of blocks the call keeps. Steps that compute a part of the tokens
+        are not told."""
+        self._runtime.layout_observer = observer
 
     def intercept(self, intercept: Interceptor) -> None:
         """From now on, call `intercept(transformer, branch, step, compute)` in place of every call of a transformer, by
@@ -295,7 +301,7 @@ class Acceleration:
 
     def _step_ended(self) -> None:
         self._runtime.state.stepped()
-        self._runtime.record.last_step = now(self._device)
+        self._runtime.record.step_ends.append(now(self._device))
         if self._runtime.state.was_last_step:
             self._runtime.forget()
             if self._splits:

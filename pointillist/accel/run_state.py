@@ -4,7 +4,6 @@ import contextlib
 import functools
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -156,33 +155,36 @@ def watch_branches(transformer: Any, state: RunState) -> Undo:
     return wrap(transformer, "cache_context", cache_context)
 
 
-@dataclass
-class _Link:
-    """One wrapped method of an instance. Wrappers of several owners may be undone in any order."""
+class _Wrapper:
+    """What stands in place of a method of one instance. Wrappers of several owners may be undone in any order."""
 
-    earlier: Any
-    """What the instance itself held before, None for the method of its class."""
-    wrapper: Any = None
-    active: bool = True
+    def __init__(self, owner: Any, name: str, around: Callable[..., Any]) -> None:
+        original = getattr(owner, name)
+        functools.update_wrapper(self, original)  # and all that another wrapper knows, so this comes first
+        self._owner, self._name, self._around, self._original = owner, name, around, original
+        self.earlier = vars(owner).get(name)
+        """What the instance itself held before, None for the method of its class."""
+        self.active = True
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._around(self._original, *args, **kwargs) if self.active else self._original(*args, **kwargs)
+
+    def __deepcopy__(self, known: dict[int, Any]) -> Any:
+        """A copy of the owner gets its own method, and is not watched: LTX-2 copies its scheduler for the audio."""
+        copied = known.get(id(self._owner))
+        return getattr(type(copied), self._name).__get__(copied) if copied is not None else self
 
 
 def wrap(owner: Any, name: str, around: Callable[..., Any]) -> Undo:
     """Replace the method `name` of this instance by `around(original, …)`. Returns the undo."""
-    original, link = getattr(owner, name), _Link(vars(owner).get(name))
-
-    @functools.wraps(original)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        return around(original, *args, **kwargs) if link.active else original(*args, **kwargs)
-
-    link.wrapper = wrapper
-    wrapper._pointillist_link = link  # type: ignore[attr-defined]
+    wrapper = _Wrapper(owner, name, around)
     setattr(owner, name, wrapper)
 
     def undo() -> None:
-        link.active = False
+        wrapper.active = False
         method = vars(owner).get(name)
-        while (top := getattr(method, "_pointillist_link", None)) and top.wrapper is method and not top.active:
-            method = top.earlier
+        while isinstance(method, _Wrapper) and not method.active:
+            method = method.earlier
         if method is None:
             vars(owner).pop(name, None)
         elif method is not vars(owner).get(name):  # else somebody has wrapped ours, and calls through it

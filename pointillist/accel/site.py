@@ -26,6 +26,8 @@ SPARSE_PART = 0.15
 Observer = Callable[[str, str, int | None, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor | None]
 """Told of every attention call: site, branch, step, and q, k, v, out [B, S, H, D]. What it returns takes out's place,
 unless it is None."""
+LayoutObserver = Callable[[str, str, int | None, Laid], None]
+"""Told of every sparse attention call: site, branch, step, and its layout."""
 
 
 class Runtime:
@@ -36,6 +38,7 @@ class Runtime:
         self.state = RunState()
         self.record = Record()
         self.observer: Observer | None = None
+        self.layout_observer: LayoutObserver | None = None
         self.rows: torch.Tensor | None = None
         """int64 [B, n]: the tokens that the running call computes; None is all."""
         self.keeps_keys = False
@@ -123,10 +126,11 @@ class Site:
                 f"{self.name} was reached outside of its transformer's forward call, or accelerated "
                 "pipelines run in two threads at once; run one at a time in a process"
             )
+        record.heads = q.shape[2]
         start, density = now(q.device), None
         self._count_entry()
         if self._runtime.rows is not None:
-            out = self._part(self._runtime.rows, q, k, v, scale)
+            out = self._part(self._runtime.rows, q, k, v, scale, mask)
             record.calls.append(AttentionCall(self.name, state.branch, state.step, None, start, now(q.device), True))
             return out
         kind = "dense" if plan is None else plan.schedule.kind(state.step, state.sigmas)
@@ -199,12 +203,26 @@ class Site:
         return self._runtime.memory(f"{self._place} keys", self._runtime.state.grid)
 
     def _part(
-        self, rows: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None
+        self,
+        rows: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float | None,
+        mask: Mask,
     ) -> torch.Tensor:
-        """Attention of some tokens' queries over all keys; q, k, v and the output are [B, n, H, D]."""
+        """Attention of some tokens' queries over all keys; q, k, v and the output are [B, n, H, D].
+
+        Text beside the video is among them, all of it.
+        """
         memory, plan = self._keys(), self._runtime.plan
+        lies, rows = self._places(rows, memory["k"].shape[1])
         every_k, every_v = keys.renewed(memory, rows, k, v)
         assert plan is not None, "regions are a plan's"
+        if mask is not None:  # of text beside the video; every other token of it is seen
+            shown = mask[:, 0, 0].expand(len(rows), -1)
+            every = torch.ones(len(rows), every_k.shape[1], dtype=torch.bool, device=mask.device)
+            return self._dense(q, every_k, every_v, scale, every.scatter(1, rows, shown)[:, None, None])
         groups: tuple[Group, ...] | None
         laid, groups = memory.get("laid", (None, None))
         if laid is None or groups is None:
@@ -216,11 +234,24 @@ class Site:
             return self._dense(q, every_k, every_v, scale, None)
         index = rows[:, :, None, None].expand(-1, -1, *q.shape[2:])
         every_q = torch.zeros_like(every_k).scatter_(1, index, q)
-        state = self._runtime.state
-        assert state.tokens is not None, "a site runs inside a transformer call"
-        lies = sequence_of(self._family, state.tokens, every_q, every_k, None)
         call = self._call(plan, groups, lies, every_q, every_k, every_v, scale)
         return attend_blocks(call, laid, plan.tail, blocks).transpose(1, 2).gather(1, index)
+
+    def _places(self, rows: torch.Tensor, length: int) -> tuple[Sequence, torch.Tensor]:
+        """How a sequence of so many tokens lies; int64 [B, n], the places of rows of the video and of the rest."""
+        tokens = self._runtime.state.tokens
+        assert tokens is not None, "a site runs inside a transformer call"
+        segments = self._family.segments(tokens, length)
+        assert segments is not None, "the step before had the same tokens"
+        if len(segments) == 1:
+            return Sequence(segments, length), rows
+        parts = [
+            rows + each.start
+            if each.kind == "video"
+            else torch.arange(each.start, each.stop, device=rows.device).expand(len(rows), -1)
+            for each in segments
+        ]
+        return Sequence(segments, length), torch.cat(parts, 1)
 
     def _groups_to_come(self, plan: Plan, lies: Sequence, q: torch.Tensor) -> list[tuple[Group, ...]]:
         """What later sparse steps of this generation will do here, each once."""
@@ -299,6 +330,8 @@ class Site:
     def _sparse(self, plan: Plan, groups: tuple[Group, ...], call: Call) -> tuple[torch.Tensor, torch.Tensor]:
         """The output [B, S, H, D] and the density, 0-d."""
         laid = self._lay_out(plan, groups, call)
+        if self._runtime.layout_observer is not None:
+            self._runtime.layout_observer(self.name, self._runtime.state.branch, call.step, laid)
         if self._runtime.keeps_keys and not any(_finishes(group.pattern) for group in groups):
             kept = _kept(self._rules(plan, call.step))
             self._keys().update({"laid": (laid, groups), "kept": kept, "block of token": _blocks_of_tokens(laid, call)})

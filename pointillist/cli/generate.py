@@ -13,8 +13,9 @@ from rich.table import Table
 
 from pointillist.accel.parallel.job import this_job
 from pointillist.accel.patterns import PATTERNS
-from pointillist.cli.progress import show_progress
+from pointillist.cli.progress import show_progress, watch
 from pointillist.pipelines.embedded.vocabulary import KNOWN_WORDS, unknown_words
+from pointillist.pipelines.engine import Engine
 from pointillist.pipelines.generate import GenerateRequest, GenerateResult, generate
 
 
@@ -89,8 +90,8 @@ def command(
         return
     _hint_at_words(request)
     console = Console(stderr=True)
-    with show_progress(console) as progress:
-        result = generate(request, progress)
+    with Engine() as engine, show_progress(console) as show:
+        result = watch(engine.submit(request), show)
     if as_json:
         print(json.dumps(result.facts, allow_nan=False))
     else:

@@ -1,5 +1,6 @@
 """Accelerating a real, tiny Wan pipeline: exactness, restoration, state, refusal."""
 
+import copy
 import functools
 import inspect
 from dataclasses import replace
@@ -218,6 +219,17 @@ def test_a_method_that_the_user_has_set_since_survives(pipe, run):
     handle.restore()
     run(pipe)
     assert pipe.scheduler.step is mine and len(calls) == 4 and handle.report().steps["dense"] == 0
+
+
+def test_a_copy_of_an_accelerated_scheduler_is_not_watched(pipe, run):
+    """LTX-2 copies its scheduler for the audio, which takes its own steps."""
+    with accelerate(pipe, "none") as first, accelerate(make_pipe(scheduler=pipe.scheduler), "none"):
+        other = copy.deepcopy(pipe.scheduler)
+        run(pipe)
+        assert other.step_index is None and other.step.__self__ is other
+        other.set_timesteps(7)
+        other.step(torch.ones(1), other.timesteps[0], torch.ones(1))
+        assert len(first.sigmas) == 4 and other.step_index == 1
 
 
 @pytest.mark.parametrize("cast", [lambda t: t, lambda t: t.to(torch.bfloat16), lambda t: t.expand(1, 48).clone()])

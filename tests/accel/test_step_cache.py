@@ -242,7 +242,7 @@ def test_what_it_holds_is_what_was_said():
 
 
 def test_unknown_models_are_cached_but_not_sparse():
-    family = Family("ltx")
+    family = Family("cogview4")
     with pytest.raises(AccelerateError, match="plan='none', cache='easy'"):
         accelerate(family.pipe)
     family.pipe.transformer.enable_cache(FirstBlockCacheConfig())

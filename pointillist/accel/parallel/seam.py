@@ -70,7 +70,7 @@ class Seam:
                 f"a {type(transformer).__name__} cannot be split over processes; known are {', '.join(JOINTS)}"
             )
         self.config, self._joint = config, joint
-        self._blocks = [block for blocks in lists.values() for block in blocks]
+        self.blocks = [block for blocks in lists.values() for block in blocks]
         ulysses, ring = engine.degrees(config)
         self.parts = ulysses * ring
         self.lengths: tuple[int, ...] = ()
@@ -82,9 +82,9 @@ class Seam:
 
     def install(self) -> Callable[[], None]:
         """Returns the undo."""
-        first, last = self._blocks[0], self._blocks[-1]
+        first, last = self.blocks[0], self.blocks[-1]
         hooks = [first.register_forward_pre_hook(self._split, with_kwargs=True)]
-        hooks += [block.register_forward_pre_hook(self._take_arguments, with_kwargs=True) for block in self._blocks]
+        hooks += [block.register_forward_pre_hook(self._take_arguments, with_kwargs=True) for block in self.blocks]
         hooks.append(last.register_forward_hook(self._gather))
 
         def undo() -> None:

@@ -25,7 +25,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def of_two(tmp_path_factory):
-    names = [*EXACT, *NEAR, *split_cases.REFUSED]
+    names = [*EXACT, *NEAR, *split_cases.REFUSED, *split_cases.DISAGREEING]
     return run_job(2, "split_cases", names, tmp_path_factory.mktemp("two"))
 
 
@@ -74,3 +74,11 @@ def test_rings_of_four_processes_make_nearly_what_one_makes(of_four, name):
 @pytest.mark.parametrize("name", split_cases.REFUSED)
 def test_what_cannot_be_split_is_refused_with_a_reason(of_two, name):
     assert re.search(split_cases.REFUSED[name][1], str(of_two[name])), of_two[name]
+
+
+@pytest.mark.parametrize("how", split_cases.DISAGREEING)
+def test_processes_that_disagree_all_stop_and_say_on_what(of_two, how):
+    said = of_two[how].split("\n")
+    assert len(said) == 2
+    for each in said:
+        assert re.search("do not agree on the " + split_cases.DISAGREEING[how], each), each
