@@ -36,7 +36,7 @@ def test_spreading_never_makes_it_worse(processes):
 
 
 def test_heads_that_cannot_be_spread_are_refused_with_what_can():
-    with pytest.raises(ValueError, match="4 heads cannot be spread over 8 processes .ulysses.; possible are 2, 4"):
+    with pytest.raises(ValueError, match=r"4 heads cannot be spread over 8 processes \(ulysses\); possible are 2, 4"):
         head_counts(4, 8)
 
 
