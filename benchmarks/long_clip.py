@@ -3,9 +3,9 @@
     python benchmarks/long_clip.py --output one
     torchrun --nproc-per-node 2 benchmarks/long_clip.py --output two --ulysses 2
 
-Every query sees the frames around its own and a few reference frames of the whole clip (the pattern `tile`), together as
-many as the model knows; references move on with the steps. Costs grow linearly with the clip. Writes PNGs of frames, the
-frames themselves, and how large the changes are from frame to frame.
+Every query sees the frames around its own and a few reference frames of the whole clip (the pattern `tile`), together
+as many as the model knows; references move on with the steps. Costs grow linearly with the clip. Writes a PNG of
+frames, the frames themselves, and how large the changes are from frame to frame.
 """
 
 import argparse

@@ -40,8 +40,6 @@ ASKED = (
     "dense",
     "cache",
     "regions",
-    "ulysses",
-    "ring",
 )
 """What a file says of its request beside the facts; null is the default."""
 
@@ -392,6 +390,10 @@ def describe(request: GenerateRequest, call: dict[str, Any], seed: int, fast: Ru
         "fallbacks": list(report.fallbacks),
         "request": {name: getattr(request, name) for name in ASKED},
     }  # fmt: skip
+    if this_job().processes > 1:
+        facts["processes"] = {"ulysses": request.ulysses, "ring": request.ring}
+        if report.balance is not None:
+            facts["balance"] = dict(zip(("before", "after"), report.balance, strict=True))
     if dense is not None:
         from pointillist.metrics import compare
 
