@@ -75,6 +75,7 @@ CASES = {
     "easy cache": Case("none", steps=10, how={"cache": "easy"}),
     "regions": Case(mixed(*STATIC, tail="pooled"), steps=8, how={"regions": "change:share=0.4,every=3"}),
     "regions of dynamic": Case(mixed(*DYNAMIC, tail="pooled"), steps=8, how={"regions": "change:share=0.3,every=3"}),
+    "regions, fewer layers": Case(mixed(*STATIC), steps=8, how={"regions": "change:share=0.4,every=3,layers=0.5"}),
     "everything": Case(
         mixed(*STATIC, tail="pooled"), steps=10, frames=9, size=80,
         how={"regions": "change:share=0.4,every=3", "cache": "first_block:threshold=0.5"},
@@ -118,6 +119,9 @@ REFUSED = {
     "ring: rescaled": (Case(mixed(*STATIC, tail="rescaled"), ring=2, ulysses=1), "tail 'rescaled' is of whole rows"),
     "ring: regions": (
         Case(mixed(*STATIC), ring=2, ulysses=1, how={"regions": "easy"}), "regions keep the keys of all tokens"
+    ),
+    "regions, keys anew": (
+        Case(mixed(*STATIC), steps=8, how={"regions": "change:share=0.4,every=3,keys=input"}), "take keys=full"
     ),
     "heads": (Case(heads=1), "1 heads cannot be spread over 2"),
     "degrees": (Case(ulysses=4), "is 4, and this job has 2 processes"),

@@ -1,5 +1,6 @@
 """`accelerate`: install a plan in a pipeline, report what ran, restore."""
 
+import functools
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -18,14 +19,17 @@ from pointillist.accel.conflicts import (
     Target,
     check_arguments,
     check_setup,
+    doubts,
     inert,
     targets_of,
 )
 from pointillist.accel.dense import DenseAttention
 from pointillist.accel.layouts import forget_layouts
+from pointillist.accel.memory import branches_of
 from pointillist.accel.parallel.split import Split, agreement_of, config_of
 from pointillist.accel.patterns import pattern_class
 from pointillist.accel.plan import Plan
+from pointillist.accel.regions.keys import Recomputing
 from pointillist.accel.regions.policy import Regions
 from pointillist.accel.regions.rows import RegionSampling
 from pointillist.accel.report import Record, Report, make_report
@@ -106,9 +110,10 @@ class Acceleration:
         with ExitStack() as undo:  # undoes all of it if one installation fails
             self._watch_scheduler()
             undo.callback(lambda: self._unwatch_scheduler())
-            self._caches = _caches(choice, self._runtime, self._targets)
-            self._tables = _tables(choice, self._runtime, self._targets, self._pipe)
-            self._regions = _regions(choice, self._runtime, self._targets)
+            branches = functools.partial(branches_of, self._pipe)
+            self._caches = _caches(choice, self._runtime, self._targets, branches)
+            self._tables = _tables(choice, self._runtime, self._targets, self._pipe, branches)
+            self._regions = _regions(choice, self._runtime, self._targets, branches)
             self._splits = _splits(self._runtime, self._targets, undo)
             for target in self._targets:
                 self._install(target, undo)
@@ -249,6 +254,9 @@ class Acceleration:
             sites[attention] = Site(name, layer, family, self._dense.handler(attention), self._runtime, trained)
             handler = sites[attention] if split is None else split.share(sites[attention], layer)
             undo.callback(bridge.route(block, attention, handler))
+            if regions is not None and self._runtime.keeps_how[layer] == "input":
+                again = torch.compiler.disable(Recomputing(self._runtime, f"{name} keys").around)
+                undo.callback(wrap(attention, "forward", again))
         if plan is not None and plan.hoist:
 
             def order() -> tuple[torch.Tensor, torch.Tensor]:
@@ -284,6 +292,8 @@ class Acceleration:
         if self._choice.table is not None:
             record.warnings.extend(self._choice.table.doubts(_here(self._choice, self._targets[0], self._pipe)))
         steps = len(self._runtime.state.sigmas)
+        if steps:
+            record.warnings.extend(doubts(self._setup, steps))
         if steps and (why := inert(self._setup, steps)):
             record.warnings.append(why)
         return record
@@ -317,14 +327,21 @@ class Acceleration:
         return f"{self._choice.source}; carried over from the grid {made_for} to {here} with {how}"
 
 
-def _caches(choice: Choice, runtime: Runtime, targets: tuple[Target, ...]) -> dict[str, StepCache]:
+def _caches(
+    choice: Choice, runtime: Runtime, targets: tuple[Target, ...], branches: Callable[[str], int]
+) -> dict[str, StepCache]:
     """By component name. Raises AccelerateError where a model lacks what the cache needs."""
     if choice.caching is None:
         return {}
     try:
         return {
             each.name: StepCache(
-                choice.caching, runtime, each.name, each.transformer, each.family.fingerprint(each.transformer)
+                choice.caching,
+                runtime,
+                each.name,
+                each.transformer,
+                each.family.fingerprint(each.transformer),
+                branches,
             )
             for each in targets
         }
@@ -332,13 +349,15 @@ def _caches(choice: Choice, runtime: Runtime, targets: tuple[Target, ...]) -> di
         raise AccelerateError(str(error)) from error
 
 
-def _tables(choice: Choice, runtime: Runtime, targets: tuple[Target, ...], pipe: Any) -> dict[str, ModuleCache]:
+def _tables(
+    choice: Choice, runtime: Runtime, targets: tuple[Target, ...], pipe: Any, branches: Callable[[str], int]
+) -> dict[str, ModuleCache]:
     """By component name. Raises AccelerateError where a model is not the table's."""
     if choice.table is None:
         return {}
     _check_table(choice, targets, pipe)
     return {
-        each.name: ModuleCache(choice.table, runtime, each.name, each.family.modules(each.transformer))
+        each.name: ModuleCache(choice.table, runtime, each.name, each.family.modules(each.transformer), branches)
         for each in targets
     }
 
@@ -366,14 +385,17 @@ def _here(choice: Choice, target: Target, pipe: Any) -> MadeFor:
     )
 
 
-def _regions(choice: Choice, runtime: Runtime, targets: tuple[Target, ...]) -> dict[str, RegionSampling]:
+def _regions(
+    choice: Choice, runtime: Runtime, targets: tuple[Target, ...], branches: Callable[[str], int]
+) -> dict[str, RegionSampling]:
     """By component name; none where the plan has no region steps."""
     plan = choice.plan
     if plan is None or plan.regions is None:
         return {}
-    runtime.keeps_how = plan.regions.keys
+    runtime.keeps_how = plan.regions.keeps(max(len(each.family.sites(each.transformer)) for each in targets))
     return {
-        each.name: RegionSampling(plan.regions, runtime, each.name, each.family, each.transformer) for each in targets
+        each.name: RegionSampling(plan.regions, runtime, each.name, each.family, each.transformer, branches)
+        for each in targets
     }
 
 

@@ -13,8 +13,9 @@ from pointillist.accel.models.family import Family
 from pointillist.accel.models.other import Other, Sana
 from pointillist.accel.parallel.split import config_of, degrees, why_no_ring
 from pointillist.accel.plan import Plan
+from pointillist.accel.step_cache.calibration import MadeWith
 from pointillist.accel.step_cache.policy import Caching
-from pointillist.accel.step_cache.table import CacheTable
+from pointillist.accel.step_cache.table import CacheTable, shift_of
 from pointillist.kernels import choose_backend
 
 FEW_STEPS = 8
@@ -83,6 +84,22 @@ class Setup:
         return 1 if config is None else degrees(config)[1]
 
     @property
+    def curve(self) -> MadeWith | None:
+        """What the cache was calibrated with, if it was."""
+        return None if self.caching is None else self.caching.made.calibrated
+
+    def here(self, steps: int | None = None) -> MadeWith:
+        """What a curve would have to be calibrated with."""
+        sparse = self.plan is not None and self.plan.patterns != {"dense"}
+        return MadeWith(
+            model=model_of(self.targets),
+            scheduler=self.sampler,
+            steps=steps,
+            shift=shift_of(self.scheduler),
+            plan=_plan(self) if sparse else "none",
+        )
+
+    @property
     def reuses(self) -> bool:
         """Whether anything of one step serves another."""
         return self.regions or self.caching is not None or self.table is not None
@@ -137,21 +154,41 @@ CONFLICTS = (
         "FlowMatchEulerDiscreteScheduler does not",
     ),
     Conflict(
+        "keys made anew beside text", "refuse",
+        lambda its: its.regions and its.plan.regions.keys == "input"  # type: ignore[union-attr]
+        and any(each.family.TEXT != "none" for each in its.targets),
+        lambda its: f"keys='input' makes keys anew from the image's hidden states, but {_classes(its)} attends to text "
+        "as well; take keys='fp8' or 'full'",
+    ),
+    Conflict(
         "a cache table with regions", "refuse",
         lambda its: its.regions and its.table is not None,
         lambda its: "regions compute a part of the tokens, and a cache table reuses what modules gave for all of them; "
         "take one away: regions='none', or another cache",
     ),
     Conflict(
+        "a curve of another model", "refuse",
+        lambda its: its.curve is not None
+        and not its.curve.is_of(its.here(), [each.transformer for each in its.targets]),
+        lambda its: f"the cache {its.caching} was calibrated for another model: {_model(its.curve)}, but here it is "
+        f"{_model(its.here())}; calibrate one with `pointillist bench cache`, or take cache='easy'",
+    ),
+    Conflict(
         "a curve of another attention", "warn",
-        lambda its: its.caching is not None and its.caching.decider in ("magnitude", "modulated")
-        and its.plan is not None and its.plan.patterns != {"dense"},
-        lambda its: f"the cache {its.caching} was calibrated on dense attention; the plan {_plan(its)!r} is sparse",
+        lambda its: its.curve is not None and its.curve.plan not in (None, its.here().plan),
+        lambda its: f"the cache {its.caching} was calibrated with the attention plan {its.curve.plan!r}; here it is "  # type: ignore[union-attr]
+        f"{its.here().plan!r}, so errors may be greater",
     ),
     Conflict(
         "a plan that a ring cannot carry out", "refuse",
         lambda its: its.ring > 1 and why_no_ring(its.plan),
         lambda its: f"the plan {_plan(its)!r} cannot run in a ring of {its.ring} processes: {why_no_ring(its.plan)}",
+    ),
+    Conflict(
+        "regions that make keys anew, over several processes", "refuse",
+        lambda its: its.regions and its.plan.regions.keys == "input" and config_of(its.targets[0].transformer),
+        lambda its: "regions with keys=input keep what goes into attention, of which each of several processes has a "
+        "part; take keys=full or keys=fp8, which each keeps for its own heads",
     ),
     Conflict(
         "one transformer of two is split", "refuse",
@@ -177,6 +214,18 @@ def check_setup(setup: Setup) -> tuple[str, ...]:
     return tuple(rule.sentence(setup) for rule in applying)
 
 
+def doubts(setup: Setup, steps: int) -> tuple[str, ...]:
+    """Sentences on what a cache was calibrated with that is not so in a generation of so many steps."""
+    if setup.curve is None:
+        return ()
+    return setup.curve.doubts(setup.here(steps), f"the cache {setup.caching}")
+
+
+def model_of(targets: tuple[Target, ...]) -> str:
+    """Names the model: fingerprints of its transformers, each once."""
+    return "+".join(dict.fromkeys(each.family.fingerprint(each.transformer) for each in targets))
+
+
 def inert(setup: Setup, steps: int) -> str:
     """Why nothing will be reused in a generation of so many steps; "" if something may be."""
     caching = setup.caching
@@ -192,6 +241,12 @@ def inert(setup: Setup, steps: int) -> str:
 
 def _classes(setup: Setup) -> str:
     return ", ".join(type(each.transformer).__name__ for each in setup.targets)
+
+
+def _model(made: MadeWith | None) -> str:
+    if made is None or made.model is not None:
+        return str(made and made.model)
+    return f"a {made.transformer} of {made.layers} layers"
 
 
 def _plan(setup: Setup) -> str:

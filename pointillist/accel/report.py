@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from pointillist.accel.memory import size
 from pointillist.accel.tiles import Grid
 from pointillist.accel.timing import Moment, seconds_between
 
@@ -54,6 +55,8 @@ class Record:
     """How many modules were computed, and how many reused, where a table says which."""
     held: dict[str, int] = field(default_factory=dict)
     """Bytes that parts remembered at most."""
+    predicted: dict[str, int] = field(default_factory=dict)
+    """And how many were expected, before anything was kept."""
     ages: dict[int, torch.Tensor] = field(default_factory=dict)
     """[B, N] by step: for how many steps each token had not been computed, where regions are sampled."""
     balance: tuple[float, float] | None = None
@@ -94,6 +97,8 @@ class Report:
     """What the step cache went by, the first branch's, where it had to decide."""
     held: dict[str, int] = field(default_factory=dict)
     """Bytes that parts remembered at most."""
+    predicted: dict[str, int] = field(default_factory=dict)
+    """And how many were expected, before anything was kept; more than fit are refused."""
     ages: dict[int, tuple[int, ...]] = field(default_factory=dict)
     """By step: how many tokens had not been computed for 0, 1, 2 … steps, where regions are sampled."""
     refreshed: tuple[float, ...] = ()
@@ -127,7 +132,7 @@ class Report:
             ("attention", f"{self.attention_seconds:.2f} s of {self.denoise_seconds:.2f} s of denoising"),
             *([("cache", f"{self.cache}: {self.skipped:.0%} of the steps reused")] if self.cache else []),
             *([("heads", _spread(self.balance))] if self.balance else []),
-            *(("memory", f"{part}: {_size(count)}") for part, count in self.held.items()),
+            *(("memory", f"{part}: {size(count)}") for part, count in self.held.items()),
             *(("fallback", reason) for reason in self.fallbacks),
         ]
         return "\n".join(f"{name:<10} {value}" for name, value in rows)
@@ -175,6 +180,7 @@ def make_report(record: Record, plan: str, plan_source: str, dense_backend: tupl
         cache=_cache(record),
         distances=_distances(record),
         held=dict(record.held),
+        predicted=dict(record.predicted),
         refreshed=_refreshed(record),
         grid=record.grid or (0, 0, 0),
         heads=record.heads,
@@ -226,10 +232,6 @@ def _distances(record: Record) -> dict[int, float]:
         if distance is not None:
             found.setdefault(step, distance)
     return found
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**20:.1f} MiB" if count < 2**30 else f"{count / 2**30:.2f} GiB"
 
 
 def _mean(values: list[float]) -> float:

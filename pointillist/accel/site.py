@@ -9,6 +9,7 @@ import torch
 
 from pointillist.accel.bridge import Mask, SiteHandler
 from pointillist.accel.layouts import Group, Laid, lay_out, pattern_for, select, sub_call
+from pointillist.accel.memory import held_bytes
 from pointillist.accel.models.family import Family
 from pointillist.accel.patterns.pattern import Call, Pattern, Selection
 from pointillist.accel.plan import Plan, Rule
@@ -43,9 +44,12 @@ class Runtime:
         """int64 [B, n]: the tokens that the running call computes; None is all."""
         self.keeps_keys = False
         """Whether a later step computes a part of the tokens only, and needs the keys of this one."""
-        self.keeps_how = "full"
         self.agreement: Any = None
         """The `parallel.agreement.Agreement` of the processes that share the video; None where there is one."""
+        self.keeps_how: tuple[str, ...] = ()
+        """By layer: see `Regions.keys`."""
+        self.only_keys = False
+        """Whether the running call of an attention module is for its keys and values alone."""
         self._wish = backend
         self._backends: dict[torch.device, tuple[str, str]] = {}
         self._memories: dict[tuple[str, str], tuple[Any, dict[Any, Any]]] = {}
@@ -83,7 +87,11 @@ class Runtime:
 
     def held(self, ending: str) -> int:
         """Bytes that are remembered at all places whose names end so."""
-        return sum(_bytes(memory) for (place, _), (_, memory) in self._memories.items() if place.endswith(ending))
+        return held_bytes([memory for (place, _), (_, memory) in self._memories.items() if place.endswith(ending)])
+
+    def branches(self, place: str) -> int:
+        """How many guidance branches have been at a place in this generation."""
+        return sum(each == place for each, _ in self._memories)
 
     def forget(self) -> None:
         """Nothing of this generation is needed any more."""
@@ -127,6 +135,9 @@ class Site:
                 "pipelines run in two threads at once; run one at a time in a process"
             )
         record.heads = q.shape[2]
+        if self._runtime.only_keys:
+            keys.keep(self._keys(), k, v, "full")
+            return torch.empty_like(q)
         start, density = now(q.device), None
         self._count_entry()
         if self._runtime.rows is not None:
@@ -151,7 +162,7 @@ class Site:
             found, density = self._sparse(plan, groups, self._call(plan, groups, lies, q, k, v, scale))
             out = found if self.ring is not None else lies.back(found, q.shape[1])
         if self._runtime.keeps_keys:
-            keys.keep(self._keys(), k, v, self._runtime.keeps_how)
+            keys.keep(self._keys(), k, v, self._runtime.keeps_how[self._layer])
         record.calls.append(AttentionCall(self.name, state.branch, state.step, density, start, now(q.device)))
         if self._runtime.observer is not None:
             instead = self._runtime.observer(self.name, state.branch, state.step, q, k, v, out)
@@ -216,6 +227,8 @@ class Site:
         Text beside the video is among them, all of it.
         """
         memory, plan = self._keys(), self._runtime.plan
+        if "k" not in memory:  # none are kept: these tokens see each other
+            return self._dense(q, k, v, scale, mask)
         lies, rows = self._places(rows, memory["k"].shape[1])
         every_k, every_v = keys.renewed(memory, rows, k, v)
         assert plan is not None, "regions are a plan's"
@@ -385,15 +398,6 @@ class Site:
         if plan.reuse_steps > 1:
             call.memory["selection", group] = (made, selection)
         return selection
-
-
-def _bytes(value: Any) -> int:
-    """Of all tensors in nested containers."""
-    if isinstance(value, torch.Tensor):
-        return value.nbytes
-    if isinstance(value, dict):
-        return sum(map(_bytes, value.values()))
-    return sum(map(_bytes, value)) if isinstance(value, list | tuple) else 0
 
 
 def _blocks_of_tokens(laid: Laid, call: Call) -> torch.Tensor:

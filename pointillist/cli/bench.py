@@ -1,4 +1,4 @@
-"""`pointillist bench`: how fast this machine is."""
+"""`pointillist bench`: how fast this machine is, and what step caches of a model go by."""
 
 import json
 import os
@@ -13,13 +13,13 @@ from rich.table import Table
 
 from pointillist.files import write_whole
 
-app = typer.Typer(no_args_is_help=True, help="Measure this machine.")
+app = typer.Typer(no_args_is_help=True, help="Measure this machine, or calibrate caches.")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 @app.callback()
 def _group() -> None:
-    """Measure this machine."""
+    """Measure this machine, or calibrate caches."""
 
 
 @app.command("attention")
@@ -164,6 +164,58 @@ def _print_pipeline(result: dict[str, Any]) -> None:
             print(f"layers      {result['layers_measured']} of {result['layers']} were measured; times are scaled")
         if result["peak_gib"] is not None:
             print(f"memory      {result['peak_gib']:.1f} GiB at most")
+
+
+@app.command("cache")
+def cache(
+    output: Annotated[Path | None, typer.Option(help="The calibration, FILE.json.")] = None,
+    model: Annotated[str, typer.Option(help="embedded, a Hub id or a folder.")] = "embedded",
+    prompts: Annotated[Path | None, typer.Option(help="Text file, a prompt in each line, a clip of each.")] = None,
+    plan: Annotated[str, typer.Option(help="Of attention, to calibrate with: none (dense), auto or a FILE.")] = "none",
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Number of frames.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, …")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    download: Annotated[bool, typer.Option("--download", help="Allow fetching a Hub id from the network.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Calibrate the step caches magnitude (MagCache) and modulated (TeaCache) for a model, from a few dense clips."""
+    import torch
+
+    from pointillist.cli.generate import quieten
+    from pointillist.cli.progress import show_progress
+    from pointillist.pipelines.events import Step
+    from pointillist.pipelines.load import load_pipeline
+    from pointillist.pipelines.search import find_cache_curves, read_prompts
+
+    if output is None or output.suffix != ".json" or output.is_dir() or not os.access(output.parent, os.W_OK):
+        given = "missing" if output is None else repr(str(output))
+        raise ValueError(f"--output is {given}; it must be a FILE.json in a folder that can be written to")
+    texts = None if prompts is None else read_prompts(prompts)
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"--dtype is {dtype!r}; allowed are {', '.join(DTYPES)}")
+    quieten()
+    with show_progress(Console(stderr=True)) as show:
+
+        def progress(phase: str, done: int, of: int) -> None:
+            show(Step(phase, done, of))
+
+        progress("loading the model", 0, 0)
+        pipe = load_pipeline(model, dtype=getattr(torch, dtype) if dtype else None, device=device, download=download)
+        found = find_cache_curves(
+            pipe, prompts=texts, plan=plan, progress=progress, num_inference_steps=steps, width=width, height=height,
+            num_frames=frames,
+        )  # fmt: skip
+    found.save(output)
+    if as_json:
+        about = {"output": str(output), "curve": list(found.curve), "polynomial": found.polynomial}
+        print(json.dumps({**about, "spread": found.spread, "prompts": found.prompts}, allow_nan=False))
+        return
+    caches = ["magnitude"] + ["modulated"] * (found.polynomial is not None)
+    print(f"{output}: {len(found.curve)} steps of {found.prompts} clips, which differ by {found.spread:.2g} at most")
+    print("use it: " + " or ".join(f"--cache {name}:file={output}" for name in caches))
 
 
 def _tune(device: Any, head_dims: tuple[int, ...], progress: Console) -> None:

@@ -109,9 +109,9 @@ def inspect(request: InspectRequest, progress: Progress = silent, load: Load | N
     targets = targets_of(pipe, sparse=plan != "none")
     chosen = choose_plan(plan, targets).plan
     layers = {
-        f"{target.name}.{target.family.site_name(layer)}": layer
+        f"{target.name}.{path}": layer
         for target in targets
-        for layer in range(len(target.family.sites(target.transformer)))
+        for layer, path in enumerate(target.family.site_names(target.transformer))
     }
     steps = facts["steps"]
 

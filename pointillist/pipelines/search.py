@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pointillist.pipelines import events
 
 if TYPE_CHECKING:
+    from pointillist.accel.step_cache.calibration import Calibration
     from pointillist.accel.step_cache.table import CacheTable
     from pointillist.search.find import Curve, Found, Search
     from pointillist.search.study import Study
@@ -32,6 +33,8 @@ PROMPTS = (
 )
 """Shipped prompts: the first is calibrated on, since what heads look at depends on it little; the next verifies."""
 CALIBRATION = 1
+CLIPS = 2
+"""Of which the curves of step caches are means."""
 DENSE_SHARE = 0.15
 """Of the steps that are dense in any case: the first ones, which decide the layout of the picture."""
 MOST_PROMPTS = 64
@@ -242,6 +245,35 @@ def find_cache_table(
     check_size(pipe, call["width"], call["height"], call["num_frames"])
     learning = Learning(prompts, call, iterations, share, beta, rate, renew, spread)
     return learn_table(pipe, learning, None if checkpoint is None else Path(checkpoint), progress, name)
+
+
+def find_cache_curves(
+    pipe: Any,
+    *,
+    prompts: tuple[str, ...] | None = None,
+    plan: Any = "none",
+    progress: Progress = lambda phase, done, of: None,
+    **call: Any,
+) -> Calibration:
+    """Calibrate the step caches `magnitude` and `modulated` for a pipeline; `save` writes the file that they take.
+
+    Args:
+        pipe: a pipeline that `accelerate` takes, not accelerated and not compiled.
+        prompts: a dense clip of each is made; by default two that are shipped.
+        plan: of attention, with which the caches will be used: `none` is dense.
+        call: arguments of the pipeline in place of its defaults, such as height or num_inference_steps.
+
+    Raises:
+        SearchError, AccelerateError, ValueError: what does not fit.
+    """
+    from pointillist.pipelines.load import check_size, defaults
+    from pointillist.search.cache_curves import calibrate_cache
+
+    prompts = shipped_prompts(pipe)[:CLIPS] if prompts is None else prompts
+    check_prompts(prompts)
+    call = {**defaults(pipe), **{key: value for key, value in call.items() if value is not None}}
+    check_size(pipe, call["width"], call["height"], call["num_frames"])
+    return calibrate_cache(pipe, prompts, call, plan, progress=progress)
 
 
 def prepare_search(

@@ -81,6 +81,7 @@ class Split:
             self._runtime.record.balance = (found.before, found.after)
         record, counts = self._runtime.record, head_counts(self._heads, engine.degrees(self.seam.config)[0])
         ring = engine.degrees(self.seam.config)[1]
+        record.heads = self._heads
         of_sites = [call.density for call in record.calls if call.density is not None]
         mine = [float(density) for density in of_sites]
         all_said = self._runtime.agreement.lists_of(mine)
