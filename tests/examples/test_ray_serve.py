@@ -44,7 +44,7 @@ def server(tmp_path_factory):
         "WAITING": "2", "REPLICAS": "2", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
     }  # fmt: skip
     os.environ |= environment
-    ray.init(num_cpus=4, include_dashboard=False, runtime_env={"env_vars": environment}, configure_logging=False)
+    start(environment)
     serve.start(http_options={"host": "127.0.0.1", "port": PORT})
     sys.path.insert(0, str(ROOT))
     from examples.ray_serve.server import app
@@ -53,6 +53,20 @@ def server(tmp_path_factory):
     yield
     serve.shutdown()
     ray.shutdown()
+
+
+def start(environment, attempts=4):
+    """Ray gives a node 30 s to start, which a busy machine may not keep."""
+    for attempt in range(attempts):
+        try:
+            ray.init(
+                num_cpus=4, include_dashboard=False, runtime_env={"env_vars": environment}, configure_logging=False
+            )
+            return
+        except Exception as error:
+            ray.shutdown()
+            if attempt == attempts - 1 or "timed out during startup" not in str(error):
+                raise
 
 
 def wait_for(found, what):
