@@ -104,6 +104,9 @@ class Report:
     refreshed: tuple[float, ...] = ()
     """In what share of the steps each token was computed, likewise."""
     grid: Grid = (0, 0, 0)
+    balance: tuple[float, float] | None = None
+    """What the busiest of several processes has to do, over the mean of all: with the heads in the model's order, and
+    as they were spread. None where one process has all heads."""
     heads: int = 0
     """Of a site."""
     step_seconds: tuple[float, ...] = ()
