@@ -7,6 +7,7 @@ import torch.distributed as dist
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLHunyuanVideo,
+    ContextParallelConfig,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
@@ -38,6 +39,8 @@ class Case:
     family: str = "wan"
     text: int = 12
     """Tokens of the prompt."""
+    theirs: bool = False
+    """Whether it was Diffusers' own call that split it."""
 
 
 def mixed(*rules: Rule, **changes) -> Plan:
@@ -57,6 +60,7 @@ def of(pattern: str, **changes) -> Case:
 
 CASES = {
     "dense": Case(),
+    "split by Diffusers": Case(mixed(*STATIC), theirs=True),
     "static": Case(mixed(*STATIC)),
     "static with means": Case(mixed(*STATIC, tail="pooled")),
     "static with a residual": Case(mixed(*STATIC, tail="pooled", residual=True)),
@@ -178,7 +182,12 @@ def run_case(name: str):
     case = ALL[name]
     torch.manual_seed(7)
     pipe, arguments = {"wan": wan, "flux": flux, "hunyuan": hunyuan}[case.family](case)
-    if dist.is_initialized():
+    if dist.is_initialized() and case.theirs:
+        torch.accelerator.device_count = lambda: 1  # by which it divides
+        pipe.transformer.enable_parallelism(
+            config=ContextParallelConfig(ulysses_degree=case.ulysses, ring_degree=case.ring)
+        )
+    elif dist.is_initialized():
         parallelize(pipe, case.ulysses, case.ring)
     with pointillist.accelerate(pipe, case.plan, **{"cache": "none", "regions": "none"} | case.how) as handle:
         out = pipe(

@@ -36,12 +36,15 @@ def together(pipe: Any, ulysses: int, ring: int) -> Iterator[Job]:
         return
     import torch.distributed as dist
 
-    from pointillist.accel.parallel.start import join, parallelize
+    from pointillist.accel.parallel.start import join, parallelize, separate
 
     mine = not dist.is_initialized()
     join(pipe._execution_device)
     parallelize(pipe, ulysses, ring)
-    yield job
+    try:
+        yield job
+    finally:
+        separate(pipe)
     if mine:  # not where something went wrong: others may not be there any more
         dist.barrier()
         dist.destroy_process_group()

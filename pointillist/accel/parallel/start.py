@@ -43,8 +43,7 @@ def parallelize(pipe: Any, ulysses: int = 1, ring: int = 1) -> None:
             f"ulysses={ulysses} times ring={ring} is {ulysses * ring}, and this job has {count or 1} processes; start "
             f"as many: torchrun --nproc-per-node {ulysses * ring} -m pointillist generate …"
         )
-    found = [getattr(pipe, name, None) for name in ("transformer", "transformer_2")]
-    transformers = [each for each in found if each is not None]
+    transformers = _transformers(pipe)
     for transformer in transformers:
         if joint_of(transformer) is None:
             raise ValueError(f"a {type(transformer).__name__} cannot be split over processes: it is not known how")
@@ -54,3 +53,14 @@ def parallelize(pipe: Any, ulysses: int = 1, ring: int = 1) -> None:
         dist.barrier()
         for transformer in transformers:
             engine.set_config(transformer, engine.make_config(ulysses, ring), device, ANSWER)
+
+
+def separate(pipe: Any) -> None:
+    """The inverse of `parallelize`, once nothing is accelerated any more."""
+    for transformer in _transformers(pipe):
+        engine.clear_config(transformer)
+
+
+def _transformers(pipe: Any) -> list[Any]:
+    found = [getattr(pipe, name, None) for name in ("transformer", "transformer_2")]
+    return [each for each in found if each is not None]
