@@ -192,5 +192,5 @@ def telling() -> Iterator[None]:
 
 
 def _is_of_the_network(error: RuntimeError) -> bool:
-    words = ("gloo", "nccl", "connection", "timed out", "timeout", "peer")
-    return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in words)
+    words = ("connection", "timed out", "timeout", "broken pipe", "communicator was aborted")
+    return isinstance(error, dist.DistNetworkError) or any(word in str(error).lower() for word in words)
