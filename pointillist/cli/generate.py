@@ -11,11 +11,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from pointillist.accel.parallel.job import this_job
 from pointillist.accel.patterns import PATTERNS
 from pointillist.cli.progress import show_progress, watch
 from pointillist.pipelines.embedded.vocabulary import KNOWN_WORDS, unknown_words
 from pointillist.pipelines.engine import Engine
-from pointillist.pipelines.generate import GenerateRequest, GenerateResult
+from pointillist.pipelines.generate import GenerateRequest, GenerateResult, generate
 from pointillist.pipelines.remote import RemoteWork
 
 
@@ -71,6 +72,12 @@ def command(
     remote: Annotated[
         str | None, typer.Option(help="URL of a vLLM-Omni or SGLang server that makes the clip, in its own ways.")
     ] = None,
+    ulysses: Annotated[
+        int, typer.Option(help="Under torchrun: so many processes exchange heads. Times --ring, all processes.")
+    ] = 1,
+    ring: Annotated[
+        int, typer.Option(help="Under torchrun: so many groups show each other their keys; for patterns of the grid.")
+    ] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Generate a clip from PROMPT, accelerated."""
@@ -78,9 +85,13 @@ def command(
         prompt=prompt, output=output, model=model, negative_prompt=negative_prompt, steps=steps, seed=seed,
         width=width, height=height, frames=frames, guidance=guidance, shift=shift, fps=fps, speed=speed, plan=plan,
         pattern=pattern, density=density, options=tuple(option or ()), tail=tail, dense=dense, cache=cache,
-        regions=regions, compare=compare, keep=keep, device=device, dtype=dtype, download=download,
+        regions=regions, compare=compare, keep=keep, device=device, dtype=dtype, download=download, ulysses=ulysses,
+        ring=ring,
     )  # fmt: skip
     quieten()
+    if this_job().rank:  # the first process of a job speaks for all
+        generate(request)
+        return
     if remote is None:
         _hint_at_words(request)
     console = Console(stderr=True)
