@@ -243,7 +243,8 @@ def cogvideox(patch_size_t: int | None = None):
     """1.5 has patches of two frames, and rotary embeddings in place of sine waves."""
     transformer = diffusers.CogVideoXTransformer3DModel(
         num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=8,
-        text_embed_dim=WIDTH, num_layers=2, sample_width=8, sample_height=8, sample_frames=9, max_text_seq_length=TEXT,
+        text_embed_dim=WIDTH, num_layers=2, sample_width=32, sample_height=32, sample_frames=9,
+        max_text_seq_length=TEXT,
         patch_size_t=patch_size_t, use_rotary_positional_embeddings=patch_size_t is not None,
         patch_bias=patch_size_t is None,
     )  # fmt: skip
@@ -617,7 +618,7 @@ def hidream():
     transformer = diffusers.HiDreamImageTransformer2DModel(
         patch_size=2, in_channels=4, out_channels=4, num_layers=2, num_single_layers=2, attention_head_dim=16,
         num_attention_heads=2, caption_channels=[WIDTH, WIDTH], text_emb_dim=2 * WIDTH, axes_dims_rope=(8, 4, 4),
-        max_resolution=(16, 16), llama_layers=[0, 1, 2, 3],
+        max_resolution=(32, 32), llama_layers=[0, 1, 2, 3],
     )  # fmt: skip
     pipe = diffusers.HiDreamImagePipeline(
         transformer=sharpened(transformer), vae=image_vae(), scheduler=euler(), text_encoder_3=None, tokenizer_3=None,
