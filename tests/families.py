@@ -50,7 +50,7 @@ class Prompts:
 
     @property
     def pooled(self) -> torch.Tensor:
-        return torch.linspace(-1, 1, WIDTH).expand(self.batch, -1)
+        return torch.linspace(-1, 1, WIDTH, dtype=self.embeds.dtype).expand(self.batch, -1)
 
     def named(self, masks: str = "", negative: bool = True) -> dict[str, torch.Tensor]:
         """As most pipelines take them; `masks` names the argument, after `prompt_`."""

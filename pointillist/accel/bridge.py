@@ -405,7 +405,7 @@ class Form:
 
 def parts_of(output: Any) -> list[torch.Tensor]:
     """What a transformer gave: of its latents, as one tensor, and whatever else."""
-    first, *others = output.to_tuple() if isinstance(output, dict) else output
+    first, *others = output.values() if isinstance(output, dict) else output
     return [torch.stack(first) if isinstance(first, list) else first, *others]
 
 
