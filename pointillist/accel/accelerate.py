@@ -1,5 +1,6 @@
 """`accelerate`: install a plan in a pipeline, report what ran, restore."""
 
+import functools
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -18,18 +19,22 @@ from pointillist.accel.conflicts import (
     Target,
     check_arguments,
     check_setup,
+    doubts,
     inert,
     targets_of,
 )
 from pointillist.accel.dense import DenseAttention
 from pointillist.accel.layouts import forget_layouts
+from pointillist.accel.memory import branches_of
+from pointillist.accel.parallel.split import Split, agreement_of, config_of
 from pointillist.accel.patterns import pattern_class
 from pointillist.accel.plan import Plan
+from pointillist.accel.regions.keys import Recomputing
 from pointillist.accel.regions.policy import Regions
 from pointillist.accel.regions.rows import RegionSampling
 from pointillist.accel.report import Record, Report, make_report
 from pointillist.accel.run_state import watch_branches, watch_generations, wrap
-from pointillist.accel.site import Observer, Runtime, Site
+from pointillist.accel.site import LayoutObserver, Observer, Runtime, Site
 from pointillist.accel.step_cache.modules import ModuleCache
 from pointillist.accel.step_cache.policy import Caching, CachingError
 from pointillist.accel.step_cache.stack import StepCache
@@ -105,9 +110,11 @@ class Acceleration:
         with ExitStack() as undo:  # undoes all of it if one installation fails
             self._watch_scheduler()
             undo.callback(lambda: self._unwatch_scheduler())
-            self._caches = _caches(choice, self._runtime, self._targets)
-            self._tables = _tables(choice, self._runtime, self._targets, self._pipe)
-            self._regions = _regions(choice, self._runtime, self._targets)
+            branches = functools.partial(branches_of, self._pipe)
+            self._caches = _caches(choice, self._runtime, self._targets, branches)
+            self._tables = _tables(choice, self._runtime, self._targets, self._pipe, branches)
+            self._regions = _regions(choice, self._runtime, self._targets, branches)
+            self._splits = _splits(self._runtime, self._targets, undo)
             for target in self._targets:
                 self._install(target, undo)
             undo.callback(forget_layouts)
@@ -140,6 +147,12 @@ class Acceleration:
         None ends it. The tensors may be reused after the call: clone what is to be kept. A tensor that it returns takes
         the place of out."""
         self._runtime.observer = observer
+
+    def observe_layouts(self, observer: LayoutObserver | None) -> None:
+        """Call `observer(site, branch, step, laid)` at every sparse attention call from now on, before it is computed;
+        None ends it. `laid.layout` says which pairs of blocks the call keeps. Steps that compute a part of the tokens
+        are not told."""
+        self._runtime.layout_observer = observer
 
     def intercept(self, intercept: Interceptor) -> None:
         """From now on, call `intercept(transformer, branch, step, compute)` in place of every call of a transformer, by
@@ -190,7 +203,7 @@ class Acceleration:
     def _install(self, target: Target, undo: ExitStack) -> None:
         state, family, transformer = self._runtime.state, target.family, target.transformer
         plan, cache, regions = self._choice.plan, self._caches.get(target.name), self._regions.get(target.name)
-        table = self._tables.get(target.name)
+        table, split = self._tables.get(target.name), self._splits.get(target.name)
 
         @torch.compiler.disable
         def entered(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -200,6 +213,8 @@ class Acceleration:
             hidden_states, tokens = family.latents(call), family.tokens(transformer, call)
             state.enter(target.name, family.timestep(call), tokens)
             self._call_began(hidden_states.device)
+            if split is not None:
+                split.enter(args, kwargs)
             if regions is not None:
                 regions.enter(hidden_states)
             if cache is not None:
@@ -214,12 +229,17 @@ class Acceleration:
                 table.leave(failed=output is None)
             if regions is not None:
                 regions.leave(reused)
+            if split is not None:
+                split.leave()
             state.leave()
 
         undo.callback(watch_branches(transformer, state))
+        if split is not None:
+            undo.callback(split.install())
         if regions is not None:
             undo.callback(regions.install())
         if cache is not None:
+            cache.seam = None if split is None else split.seam
             undo.callback(cache.install())
             undo.callback(family.watch_modulation(transformer, cache.modulated))
         if table is not None:
@@ -232,7 +252,11 @@ class Acceleration:
             name = f"{target.name}.{path}"
             trained = weights_of(attention, name, self._weights)
             sites[attention] = Site(name, layer, family, self._dense.handler(attention), self._runtime, trained)
-            undo.callback(bridge.route(block, attention, sites[attention]))
+            handler = sites[attention] if split is None else split.share(sites[attention], layer)
+            undo.callback(bridge.route(block, attention, handler))
+            if regions is not None and self._runtime.keeps_how[layer] == "input":
+                again = torch.compiler.disable(Recomputing(self._runtime, f"{name} keys").around)
+                undo.callback(wrap(attention, "forward", again))
         if plan is not None and plan.hoist:
 
             def order() -> tuple[torch.Tensor, torch.Tensor]:
@@ -258,6 +282,8 @@ class Acceleration:
         self._runtime.state.begin_generation(scheduler)
         self._runtime.forget()
         _check_table(self._choice, self._targets, self._pipe, len(self._runtime.state.sigmas))
+        for split in self._splits.values():
+            split.begin_generation()
         self._runtime.record = self._new_record()
 
     def _new_record(self) -> Record:
@@ -266,6 +292,8 @@ class Acceleration:
         if self._choice.table is not None:
             record.warnings.extend(self._choice.table.doubts(_here(self._choice, self._targets[0], self._pipe)))
         steps = len(self._runtime.state.sigmas)
+        if steps:
+            record.warnings.extend(doubts(self._setup, steps))
         if steps and (why := inert(self._setup, steps)):
             record.warnings.append(why)
         return record
@@ -283,9 +311,11 @@ class Acceleration:
 
     def _step_ended(self) -> None:
         self._runtime.state.stepped()
-        self._runtime.record.last_step = now(self._device)
+        self._runtime.record.step_ends.append(now(self._device))
         if self._runtime.state.was_last_step:
             self._runtime.forget()
+            if self._splits:
+                next(iter(self._splits.values())).end_generation()
 
     def _plan_source(self) -> str:
         plan, grid = self._choice.plan, self._runtime.record.grid
@@ -297,14 +327,21 @@ class Acceleration:
         return f"{self._choice.source}; carried over from the grid {made_for} to {here} with {how}"
 
 
-def _caches(choice: Choice, runtime: Runtime, targets: tuple[Target, ...]) -> dict[str, StepCache]:
+def _caches(
+    choice: Choice, runtime: Runtime, targets: tuple[Target, ...], branches: Callable[[str], int]
+) -> dict[str, StepCache]:
     """By component name. Raises AccelerateError where a model lacks what the cache needs."""
     if choice.caching is None:
         return {}
     try:
         return {
             each.name: StepCache(
-                choice.caching, runtime, each.name, each.transformer, each.family.fingerprint(each.transformer)
+                choice.caching,
+                runtime,
+                each.name,
+                each.transformer,
+                each.family.fingerprint(each.transformer),
+                branches,
             )
             for each in targets
         }
@@ -312,13 +349,15 @@ def _caches(choice: Choice, runtime: Runtime, targets: tuple[Target, ...]) -> di
         raise AccelerateError(str(error)) from error
 
 
-def _tables(choice: Choice, runtime: Runtime, targets: tuple[Target, ...], pipe: Any) -> dict[str, ModuleCache]:
+def _tables(
+    choice: Choice, runtime: Runtime, targets: tuple[Target, ...], pipe: Any, branches: Callable[[str], int]
+) -> dict[str, ModuleCache]:
     """By component name. Raises AccelerateError where a model is not the table's."""
     if choice.table is None:
         return {}
     _check_table(choice, targets, pipe)
     return {
-        each.name: ModuleCache(choice.table, runtime, each.name, each.family.modules(each.transformer))
+        each.name: ModuleCache(choice.table, runtime, each.name, each.family.modules(each.transformer), branches)
         for each in targets
     }
 
@@ -346,15 +385,35 @@ def _here(choice: Choice, target: Target, pipe: Any) -> MadeFor:
     )
 
 
-def _regions(choice: Choice, runtime: Runtime, targets: tuple[Target, ...]) -> dict[str, RegionSampling]:
+def _regions(
+    choice: Choice, runtime: Runtime, targets: tuple[Target, ...], branches: Callable[[str], int]
+) -> dict[str, RegionSampling]:
     """By component name; none where the plan has no region steps."""
     plan = choice.plan
     if plan is None or plan.regions is None:
         return {}
-    runtime.keeps_how = plan.regions.keys
+    runtime.keeps_how = plan.regions.keeps(max(len(each.family.sites(each.transformer)) for each in targets))
     return {
-        each.name: RegionSampling(plan.regions, runtime, each.name, each.family, each.transformer) for each in targets
+        each.name: RegionSampling(plan.regions, runtime, each.name, each.family, each.transformer, branches)
+        for each in targets
     }
+
+
+def _splits(runtime: Runtime, targets: tuple[Target, ...], undo: ExitStack) -> dict[str, Split]:
+    """By component name; none where one process has a video for itself. Raises AccelerateError."""
+    configs = {each.name: config for each in targets if (config := config_of(each.transformer)) is not None}
+    if not configs:
+        return {}
+    try:
+        splits = {
+            each.name: Split(each.transformer, configs[each.name], each.family.heads(each.transformer), runtime)
+            for each in targets
+        }
+    except ValueError as error:
+        raise AccelerateError(str(error)) from error
+    runtime.agreement = agreement_of(next(iter(configs.values())))
+    undo.callback(runtime.agreement.close)
+    return splits
 
 
 def _weights(

@@ -272,11 +272,6 @@ def check_route(attention: Any) -> None:
         _rerouted(kind)
 
 
-def is_parallel(attention: Any) -> bool:
-    """Whether the sequence or the heads of `attention` are split over several processes."""
-    return getattr(attention.processor, "_parallel_config", None) is not None
-
-
 def is_compiled(module: torch.nn.Module) -> bool:
     """Whether `module` was given to torch.compile, which would not see hooks added from now on."""
     return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None

@@ -11,9 +11,11 @@ from pointillist.accel.dense import check_dense
 from pointillist.accel.models import family_of, supported
 from pointillist.accel.models.family import Family
 from pointillist.accel.models.other import Other, Sana
+from pointillist.accel.parallel.split import config_of, degrees, why_no_ring
 from pointillist.accel.plan import Plan
+from pointillist.accel.step_cache.calibration import MadeWith
 from pointillist.accel.step_cache.policy import Caching
-from pointillist.accel.step_cache.table import CacheTable
+from pointillist.accel.step_cache.table import CacheTable, shift_of
 from pointillist.kernels import choose_backend
 
 FEW_STEPS = 8
@@ -76,6 +78,28 @@ class Setup:
         return self.plan is not None and self.plan.regions is not None
 
     @property
+    def ring(self) -> int:
+        """So many processes hold keys for each other; 1 where each has all."""
+        config = config_of(self.targets[0].transformer)
+        return 1 if config is None else degrees(config)[1]
+
+    @property
+    def curve(self) -> MadeWith | None:
+        """What the cache was calibrated with, if it was."""
+        return None if self.caching is None else self.caching.made.calibrated
+
+    def here(self, steps: int | None = None) -> MadeWith:
+        """What a curve would have to be calibrated with."""
+        sparse = self.plan is not None and self.plan.patterns != {"dense"}
+        return MadeWith(
+            model=model_of(self.targets),
+            scheduler=self.sampler,
+            steps=steps,
+            shift=shift_of(self.scheduler),
+            plan=_plan(self) if sparse else "none",
+        )
+
+    @property
     def reuses(self) -> bool:
         """Whether anything of one step serves another."""
         return self.regions or self.caching is not None or self.table is not None
@@ -130,16 +154,41 @@ CONFLICTS = (
         "FlowMatchEulerDiscreteScheduler does not",
     ),
     Conflict(
+        "keys made anew beside text", "refuse",
+        lambda its: its.regions and its.plan.regions.keys == "input"  # type: ignore[union-attr]
+        and any(each.family.TEXT != "none" for each in its.targets),
+        lambda its: f"keys='input' makes keys anew from the image's hidden states, but {_classes(its)} attends to text "
+        "as well; take keys='fp8' or 'full'",
+    ),
+    Conflict(
         "a cache table with regions", "refuse",
         lambda its: its.regions and its.table is not None,
         lambda its: "regions compute a part of the tokens, and a cache table reuses what modules gave for all of them; "
         "take one away: regions='none', or another cache",
     ),
     Conflict(
+        "a curve of another model", "refuse",
+        lambda its: its.curve is not None
+        and not its.curve.is_of(its.here(), [each.transformer for each in its.targets]),
+        lambda its: f"the cache {its.caching} was calibrated for another model: {_model(its.curve)}, but here it is "
+        f"{_model(its.here())}; calibrate one with `pointillist bench cache`, or take cache='easy'",
+    ),
+    Conflict(
         "a curve of another attention", "warn",
-        lambda its: its.caching is not None and its.caching.decider in ("magnitude", "modulated")
-        and its.plan is not None and its.plan.patterns != {"dense"},
-        lambda its: f"the cache {its.caching} was calibrated on dense attention; the plan {_plan(its)!r} is sparse",
+        lambda its: its.curve is not None and its.curve.plan not in (None, its.here().plan),
+        lambda its: f"the cache {its.caching} was calibrated with the attention plan {its.curve.plan!r}; here it is "  # type: ignore[union-attr]
+        f"{its.here().plan!r}, so errors may be greater",
+    ),
+    Conflict(
+        "a plan that a ring cannot carry out", "refuse",
+        lambda its: its.ring > 1 and why_no_ring(its.plan),
+        lambda its: f"the plan {_plan(its)!r} cannot run in a ring of {its.ring} processes: {why_no_ring(its.plan)}",
+    ),
+    Conflict(
+        "one transformer of two is split", "refuse",
+        lambda its: len({config_of(each.transformer) is None for each in its.targets}) == 2,
+        lambda its: f"one of {' and '.join(each.name for each in its.targets)} is split over processes and one is not; "
+        "enable_parallelism on both",
     ),
     Conflict(
         "one transformer of two is missing", "refuse",
@@ -159,6 +208,18 @@ def check_setup(setup: Setup) -> tuple[str, ...]:
     return tuple(rule.sentence(setup) for rule in applying)
 
 
+def doubts(setup: Setup, steps: int) -> tuple[str, ...]:
+    """Sentences on what a cache was calibrated with that is not so in a generation of so many steps."""
+    if setup.curve is None:
+        return ()
+    return setup.curve.doubts(setup.here(steps), f"the cache {setup.caching}")
+
+
+def model_of(targets: tuple[Target, ...]) -> str:
+    """Names the model: fingerprints of its transformers, each once."""
+    return "+".join(dict.fromkeys(each.family.fingerprint(each.transformer) for each in targets))
+
+
 def inert(setup: Setup, steps: int) -> str:
     """Why nothing will be reused in a generation of so many steps; "" if something may be."""
     caching = setup.caching
@@ -174,6 +235,12 @@ def inert(setup: Setup, steps: int) -> str:
 
 def _classes(setup: Setup) -> str:
     return ", ".join(type(each.transformer).__name__ for each in setup.targets)
+
+
+def _model(made: MadeWith | None) -> str:
+    if made is None or made.model is not None:
+        return str(made and made.model)
+    return f"a {made.transformer} of {made.layers} layers"
 
 
 def _plan(setup: Setup) -> str:
@@ -224,8 +291,10 @@ def _target(name: str, transformer: torch.nn.Module, sparse: bool) -> Target:
         raise AccelerateError(f"{described} has compiled blocks; call accelerate first and compile after it")
     if caches := bridge.caching_hooks(transformer):
         raise AccelerateError(f"{described} has a Diffusers cache ({', '.join(caches)}); call disable_cache() on it")
-    if any(bridge.is_parallel(attention) for _, attention in sites):
-        raise AccelerateError(f"{described} is split over processes (enable_parallelism), which is not supported")
+    try:
+        config_of(transformer)
+    except ValueError as error:
+        raise AccelerateError(f"{described}: {error}") from error
     for name_of_site, (_, attention) in zip(family.site_names(transformer), sites, strict=True):
         found = type(attention.processor).__name__
         if found not in family.PROCESSORS:

@@ -2,10 +2,12 @@
 
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 
+from pointillist.accel.memory import size
 from pointillist.accel.tiles import Grid
 from pointillist.accel.timing import Moment, seconds_between
 
@@ -23,6 +25,11 @@ class AttentionCall(NamedTuple):
     part: bool = False
     """Whether a part of the tokens was computed."""
 
+    @property
+    def kind(self) -> str:
+        """`dense`, `sparse` or `region`."""
+        return "region" if self.part else "dense" if self.density is None else "sparse"
+
 
 @dataclass
 class Record:
@@ -30,12 +37,14 @@ class Record:
 
     calls: list[AttentionCall] = field(default_factory=list)
     first_call: Moment | None = None
-    last_step: Moment | None = None
+    step_ends: list[Moment] = field(default_factory=list)
+    """When the scheduler had taken each of its steps."""
     warnings: list[str] = field(default_factory=list)
     """What does not go well together."""
     notes: Counter[str] = field(default_factory=Counter)
     """Fallbacks by their reasons, and whatever else a user should know."""
     grid: Grid | None = None
+    heads: int = 0
     backend: tuple[str, str] | None = None
     """Name and reason, once a sparse call has run."""
     decisions: list[tuple[int, str, bool, float | None]] = field(default_factory=list)
@@ -46,6 +55,8 @@ class Record:
     """How many modules were computed, and how many reused, where a table says which."""
     held: dict[str, int] = field(default_factory=dict)
     """Bytes that parts remembered at most."""
+    predicted: dict[str, int] = field(default_factory=dict)
+    """And how many were expected, before anything was kept."""
     ages: dict[int, torch.Tensor] = field(default_factory=dict)
     """[B, N] by step: for how many steps each token had not been computed, where regions are sampled."""
 
@@ -84,11 +95,19 @@ class Report:
     """What the step cache went by, the first branch's, where it had to decide."""
     held: dict[str, int] = field(default_factory=dict)
     """Bytes that parts remembered at most."""
+    predicted: dict[str, int] = field(default_factory=dict)
+    """And how many were expected, before anything was kept; more than fit are refused."""
     ages: dict[int, tuple[int, ...]] = field(default_factory=dict)
     """By step: how many tokens had not been computed for 0, 1, 2 … steps, where regions are sampled."""
     refreshed: tuple[float, ...] = ()
     """In what share of the steps each token was computed, likewise."""
     grid: Grid = (0, 0, 0)
+    heads: int = 0
+    """Of a site."""
+    step_seconds: tuple[float, ...] = ()
+    """Of every step in turn, to the end of the scheduler's step."""
+    call_seconds: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Of each site, the mean seconds of its `dense`, `sparse` and `region` calls, where there were such."""
 
     @property
     def skipped(self) -> float:
@@ -110,7 +129,7 @@ class Report:
             ("", f"{self.density_overall:.3f} over all calls"),
             ("attention", f"{self.attention_seconds:.2f} s of {self.denoise_seconds:.2f} s of denoising"),
             *([("cache", f"{self.cache}: {self.skipped:.0%} of the steps reused")] if self.cache else []),
-            *(("memory", f"{part}: {_size(count)}") for part, count in self.held.items()),
+            *(("memory", f"{part}: {size(count)}") for part, count in self.held.items()),
             *(("fallback", reason) for reason in self.fallbacks),
         ]
         return "\n".join(f"{name:<10} {value}" for name, value in rows)
@@ -131,8 +150,9 @@ def make_report(record: Record, plan: str, plan_source: str, dense_backend: tupl
     sites = dict.fromkeys(call.site for call in record.calls)
     backend, reason = record.backend or (dense_backend[0], "every call was dense")
     denoise = 0.0
-    if record.first_call is not None and record.last_step is not None:
-        denoise = seconds_between(record.first_call, record.last_step)
+    moments = [record.first_call, *record.step_ends] if record.first_call is not None else []
+    if len(moments) > 1:
+        denoise = seconds_between(moments[0], moments[-1])
     return Report(
         plan=plan,
         plan_source=plan_source,
@@ -152,8 +172,12 @@ def make_report(record: Record, plan: str, plan_source: str, dense_backend: tupl
         cache=_cache(record),
         distances=_distances(record),
         held=dict(record.held),
+        predicted=dict(record.predicted),
         refreshed=_refreshed(record),
         grid=record.grid or (0, 0, 0),
+        heads=record.heads,
+        step_seconds=tuple(seconds_between(begin, end) for begin, end in pairwise(moments)),
+        call_seconds=_call_seconds(record),
         ages={step: tuple(age.long().flatten().bincount().tolist()) for step, age in record.ages.items()},
     )
 
@@ -163,13 +187,20 @@ def _kinds(record: Record) -> dict[int, str]:
     steps: dict[int, str] = {}
     for call in record.calls:
         if call.step is not None and (call.density is not None or call.part or call.step not in steps):
-            steps[call.step] = "region" if call.part else "dense" if call.density is None else "sparse"
+            steps[call.step] = call.kind
     computed = {step for step, _, reused, _ in record.decisions if not reused}
     for step, *_ in record.decisions:
         if step not in computed:
             steps[step] = "cached"
         steps.setdefault(step, "dense")  # of a model whose attention is not followed
     return steps
+
+
+def _call_seconds(record: Record) -> dict[str, dict[str, float]]:
+    seconds: defaultdict[str, defaultdict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for call in record.calls:
+        seconds[call.site][call.kind].append(seconds_between(call.start, call.end))
+    return {site: {kind: _mean(each) for kind, each in kinds.items()} for site, kinds in seconds.items()}
 
 
 def _refreshed(record: Record) -> tuple[float, ...]:
@@ -192,10 +223,6 @@ def _distances(record: Record) -> dict[int, float]:
         if distance is not None:
             found.setdefault(step, distance)
     return found
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**20:.1f} MiB" if count < 2**30 else f"{count / 2**30:.2f} GiB"
 
 
 def _mean(values: list[float]) -> float:

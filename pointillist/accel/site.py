@@ -9,6 +9,7 @@ import torch
 
 from pointillist.accel.bridge import Mask, SiteHandler
 from pointillist.accel.layouts import Group, Laid, lay_out, pattern_for, select, sub_call
+from pointillist.accel.memory import held_bytes
 from pointillist.accel.models.family import Family
 from pointillist.accel.patterns.pattern import Call, Pattern, Selection
 from pointillist.accel.plan import Plan, Rule
@@ -26,6 +27,8 @@ SPARSE_PART = 0.15
 Observer = Callable[[str, str, int | None, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor | None]
 """Told of every attention call: site, branch, step, and q, k, v, out [B, S, H, D]. What it returns takes out's place,
 unless it is None."""
+LayoutObserver = Callable[[str, str, int | None, Laid], None]
+"""Told of every sparse attention call: site, branch, step, and its layout."""
 
 
 class Runtime:
@@ -36,15 +39,28 @@ class Runtime:
         self.state = RunState()
         self.record = Record()
         self.observer: Observer | None = None
+        self.layout_observer: LayoutObserver | None = None
         self.rows: torch.Tensor | None = None
         """int64 [B, n]: the tokens that the running call computes; None is all."""
         self.keeps_keys = False
         """Whether a later step computes a part of the tokens only, and needs the keys of this one."""
-        self.keeps_how = "full"
+        self.agreement: Any = None
+        """The `parallel.agreement.Agreement` of the processes that share the video; None where there is one."""
+        self.keeps_how: tuple[str, ...] = ()
+        """By layer: see `Regions.keys`."""
+        self.only_keys = False
+        """Whether the running call of an attention module is for its keys and values alone."""
         self._wish = backend
         self._backends: dict[torch.device, tuple[str, str]] = {}
         self._memories: dict[tuple[str, str], tuple[Any, dict[Any, Any]]] = {}
         self._expert = ""
+
+    def blocks_of_all(self, blocks: torch.Tensor, count: int) -> tuple[int, int]:
+        """How many query blocks the heads of all processes want together, and of how many."""
+        if self.agreement is None:
+            return len(blocks), count
+        wanted = self.agreement.union(torch.zeros(count, dtype=torch.bool).index_fill_(0, blocks.cpu(), True))
+        return int(wanted.sum()), len(wanted)
 
     def backend(self, device: torch.device) -> tuple[str, str]:
         """What computes sparse calls on `device`, and why."""
@@ -71,7 +87,11 @@ class Runtime:
 
     def held(self, ending: str) -> int:
         """Bytes that are remembered at all places whose names end so."""
-        return sum(_bytes(memory) for (place, _), (_, memory) in self._memories.items() if place.endswith(ending))
+        return held_bytes([memory for (place, _), (_, memory) in self._memories.items() if place.endswith(ending)])
+
+    def branches(self, place: str) -> int:
+        """How many guidance branches have been at a place in this generation."""
+        return sum(each == place for each, _ in self._memories)
 
     def forget(self) -> None:
         """Nothing of this generation is needed any more."""
@@ -93,6 +113,11 @@ class Site:
         self.name = name
         self.hidden_states: torch.Tensor | None = None
         """What went into the attention module in the running call, for patterns that ask for it."""
+        self.heads: tuple[int, ...] | None = None
+        """Those that this process computes, where a video is split over several; None is all."""
+        self.ring: Any = None
+        """The `parallel.ring.Ring` of the running call, if keys lie on several processes."""
+        self.runtime = runtime
         self._layer, self._family = layer, family
         self._dense = dense
         self._runtime = runtime
@@ -109,35 +134,53 @@ class Site:
                 f"{self.name} was reached outside of its transformer's forward call, or accelerated "
                 "pipelines run in two threads at once; run one at a time in a process"
             )
+        record.heads = q.shape[2]
+        if self._runtime.only_keys:
+            keys.keep(self._keys(), k, v, "full")
+            return torch.empty_like(q)
         start, density = now(q.device), None
         self._count_entry()
         if self._runtime.rows is not None:
-            out = self._part(self._runtime.rows, q, k, v, scale)
+            out = self._part(self._runtime.rows, q, k, v, scale, mask)
             record.calls.append(AttentionCall(self.name, state.branch, state.step, None, start, now(q.device), True))
             return out
         kind = "dense" if plan is None else plan.schedule.kind(state.step, state.sigmas)
         lies, why = self._sequence(plan, kind, q, k, mask)
-        if plan is None or (kind == "dense" and not before_sparse(plan, state)):
-            out = self._dense(q, k, v, scale, mask)
+        if plan is None or (kind == "dense" and (self.ring is not None or not before_sparse(plan, state))):
+            out = self._all_pairs(q, k, v, scale, mask, lies)
         elif kind == "dense":
-            out = self._dense(q, k, v, scale, mask)
+            out = self._all_pairs(q, k, v, scale, mask, lies)
             if lies is not None:
                 for each in self._groups_to_come(plan, lies, q):
                     call = self._call(plan, each, lies, q, k, v, scale)
                     self._learn(plan, each, call, lies.into(out).transpose(1, 2))
         elif lies is None or (groups := self._groups(plan, lies, q, state.step)) is None:
-            out = self._dense(q, k, v, scale, mask)  # sparse, or to be cached with nothing to reuse
+            out = self._all_pairs(q, k, v, scale, mask, lies)  # sparse, or to be cached with nothing to reuse
             self._note_fallback(plan, q, why)
         else:
             found, density = self._sparse(plan, groups, self._call(plan, groups, lies, q, k, v, scale))
-            out = lies.back(found, q.shape[1])
+            out = found if self.ring is not None else lies.back(found, q.shape[1])
         if self._runtime.keeps_keys:
-            keys.keep(self._keys(), k, v, self._runtime.keeps_how)
+            keys.keep(self._keys(), k, v, self._runtime.keeps_how[self._layer])
         record.calls.append(AttentionCall(self.name, state.branch, state.step, density, start, now(q.device)))
         if self._runtime.observer is not None:
             instead = self._runtime.observer(self.name, state.branch, state.step, q, k, v, out)
             out = out if instead is None else instead
         return out
+
+    def _all_pairs(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float | None,
+        mask: Mask,
+        lies: Sequence | None,
+    ) -> torch.Tensor:
+        """Dense attention; q, k, v and the output are [B, S, H, D]."""
+        if self.ring is None:
+            return self._dense(q, k, v, scale, mask)
+        return self.ring.dense(q, k, v, scale, self._runtime.backend(q.device)[0], mask, lies)
 
     def _count_entry(self) -> None:
         """Mochi attends to one entry of the batch after the other: which of them this is, within the running call."""
@@ -155,7 +198,9 @@ class Site:
     ) -> tuple[Sequence | None, str]:
         """How the tokens lie, if that matters in this call; or why it cannot be told."""
         state = self._runtime.state
-        if plan is None or (kind == "dense" and not before_sparse(plan, state)):
+        if self.ring is not None:
+            q, k = (self.ring.whole_shape(x) for x in (q, k))
+        elif plan is None or (kind == "dense" and not before_sparse(plan, state)):
             return None, ""
         assert state.tokens is not None, "a site runs inside a transformer call"
         try:
@@ -168,27 +213,57 @@ class Site:
         return self._runtime.memory(f"{self._place} keys", self._runtime.state.grid)
 
     def _part(
-        self, rows: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None
+        self,
+        rows: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float | None,
+        mask: Mask,
     ) -> torch.Tensor:
-        """Attention of some tokens' queries over all keys; q, k, v and the output are [B, n, H, D]."""
+        """Attention of some tokens' queries over all keys; q, k, v and the output are [B, n, H, D].
+
+        Text beside the video is among them, all of it.
+        """
         memory, plan = self._keys(), self._runtime.plan
+        if "k" not in memory:  # none are kept: these tokens see each other
+            return self._dense(q, k, v, scale, mask)
+        lies, rows = self._places(rows, memory["k"].shape[1])
         every_k, every_v = keys.renewed(memory, rows, k, v)
         assert plan is not None, "regions are a plan's"
+        if mask is not None:  # of text beside the video; every other token of it is seen
+            shown = mask[:, 0, 0].expand(len(rows), -1)
+            every = torch.ones(len(rows), every_k.shape[1], dtype=torch.bool, device=mask.device)
+            return self._dense(q, every_k, every_v, scale, every.scatter(1, rows, shown)[:, None, None])
         groups: tuple[Group, ...] | None
         laid, groups = memory.get("laid", (None, None))
         if laid is None or groups is None:
             return self._dense(q, every_k, every_v, scale, None)
         blocks = torch.unique(memory["block of token"].gather(2, rows[:, None].expand(-1, q.shape[2], -1)))
-        sparse = len(blocks) / laid.layout.query_blocks * (memory["kept"] + SPARSE_PART)
+        count, of = self._runtime.blocks_of_all(blocks, laid.layout.query_blocks)
+        sparse = count / of * (memory["kept"] + SPARSE_PART)
         if sparse > rows.shape[1] / every_k.shape[1]:
             return self._dense(q, every_k, every_v, scale, None)
         index = rows[:, :, None, None].expand(-1, -1, *q.shape[2:])
         every_q = torch.zeros_like(every_k).scatter_(1, index, q)
-        state = self._runtime.state
-        assert state.tokens is not None, "a site runs inside a transformer call"
-        lies = sequence_of(self._family, state.tokens, every_q, every_k, None)
         call = self._call(plan, groups, lies, every_q, every_k, every_v, scale)
         return attend_blocks(call, laid, plan.tail, blocks).transpose(1, 2).gather(1, index)
+
+    def _places(self, rows: torch.Tensor, length: int) -> tuple[Sequence, torch.Tensor]:
+        """How a sequence of so many tokens lies; int64 [B, n], the places of rows of the video and of the rest."""
+        tokens = self._runtime.state.tokens
+        assert tokens is not None, "a site runs inside a transformer call"
+        segments = self._family.segments(tokens, length)
+        assert segments is not None, "the step before had the same tokens"
+        if len(segments) == 1:
+            return Sequence(segments, length), rows
+        parts = [
+            rows + each.start
+            if each.kind == "video"
+            else torch.arange(each.start, each.stop, device=rows.device).expand(len(rows), -1)
+            for each in segments
+        ]
+        return Sequence(segments, length), torch.cat(parts, 1)
 
     def _groups_to_come(self, plan: Plan, lies: Sequence, q: torch.Tensor) -> list[tuple[Group, ...]]:
         """What later sparse steps of this generation will do here, each once."""
@@ -205,7 +280,7 @@ class Site:
         assert grid is not None, "a site runs inside a transformer call"
         if _kept(rules) == 1 or self._fallback(plan, rules, q):
             return None
-        return _groups_of(rules, grid, lies.segments, plan.block)
+        return _groups_of(rules, grid, lies.segments, plan.block, self.heads)
 
     def _rules(self, plan: Plan, step: int | None) -> tuple[Rule, ...]:
         state = self._runtime.state
@@ -215,7 +290,7 @@ class Site:
 
     def _fallback(self, plan: Plan, rules: tuple[Rule, ...], q: torch.Tensor) -> str:
         """Why a call runs densely although its rules are sparse; "" if it does not. q is [B, S, H, D]."""
-        tokens, density = q.shape[1], _kept(rules)
+        tokens, density = q.shape[1] if self.ring is None else self.ring.tokens, _kept(rules)
         if tokens < plan.min_tokens:
             return f"{tokens} tokens are fewer than {plan.min_tokens}, where sparse starts to pay"
         if plan.break_even and density > BREAK_EVEN[self._runtime.backend(q.device)[0], plan.tail != "none"]:
@@ -238,7 +313,8 @@ class Site:
         scale: float | None,
     ) -> Call:
         """What patterns see of this call; q, k, v are [B, S, H, D]. Stages that differ here share no memory."""
-        q, k, v = (lies.into(x) for x in (q, k, v))
+        if self.ring is None:
+            q, k, v = (lies.into(x) for x in (q, k, v))
         state, record = self._runtime.state, self._runtime.record
         assert state.grid is not None
         record.backend = self._runtime.backend(q.device)
@@ -252,6 +328,7 @@ class Site:
             key_lengths=lies.key_lengths,
             block=plan.block,
             hoist=plan.hoist,
+            heads=self.heads,
             layer=self._layer,
             step=state.step or 0,
             steps=max(1, len(state.sigmas)),
@@ -265,9 +342,13 @@ class Site:
     def _sparse(self, plan: Plan, groups: tuple[Group, ...], call: Call) -> tuple[torch.Tensor, torch.Tensor]:
         """The output [B, S, H, D] and the density, 0-d."""
         laid = self._lay_out(plan, groups, call)
+        if self._runtime.layout_observer is not None:
+            self._runtime.layout_observer(self.name, self._runtime.state.branch, call.step, laid)
         if self._runtime.keeps_keys and not any(_finishes(group.pattern) for group in groups):
             kept = _kept(self._rules(plan, call.step))
             self._keys().update({"laid": (laid, groups), "kept": kept, "block of token": _blocks_of_tokens(laid, call)})
+        if self.ring is not None:
+            return self.ring.sparse(call, laid, plan.tail).transpose(1, 2), laid.density
         out = attend(call, laid, plan.tail, plan.quantized)
         for group in groups:
             if _finishes(group.pattern):
@@ -317,15 +398,6 @@ class Site:
         return selection
 
 
-def _bytes(value: Any) -> int:
-    """Of all tensors in nested containers."""
-    if isinstance(value, torch.Tensor):
-        return value.nbytes
-    if isinstance(value, dict):
-        return sum(map(_bytes, value.values()))
-    return sum(map(_bytes, value)) if isinstance(value, list | tuple) else 0
-
-
 def _blocks_of_tokens(laid: Laid, call: Call) -> torch.Tensor:
     """int64 [B, H, S]: the query block of each token."""
     batch, heads, length = call.q.shape[:3]
@@ -348,13 +420,21 @@ def _finishes(pattern: Pattern) -> bool:
     return type(pattern).finish is not Pattern.finish
 
 
-def _groups_of(rules: tuple[Rule, ...], grid: Grid, segments: tuple[Segment, ...], block: int) -> tuple[Group, ...]:
-    """Heads with equal rules together, in the order of their first heads."""
+def _groups_of(
+    rules: tuple[Rule, ...],
+    grid: Grid,
+    segments: tuple[Segment, ...],
+    block: int,
+    mine: tuple[int, ...] | None = None,
+) -> tuple[Group, ...]:
+    """Heads with equal rules together, in the order of their first heads; of the heads `mine` alone, counted among
+    them."""
     heads: dict[Pattern, list[int]] = {}
-    for head, rule in enumerate(rules):
+    chosen = rules if mine is None or len(rules) == 1 else tuple(rules[head] for head in mine)
+    for head, rule in enumerate(chosen):
         pattern = pattern_for(rule.pattern, rule.density, rule.options, grid, segments, block)
         heads.setdefault(pattern, []).append(head)
-    return tuple(Group(pattern, None if len(heads) == 1 else tuple(mine)) for pattern, mine in heads.items())
+    return tuple(Group(pattern, None if len(heads) == 1 else tuple(each)) for pattern, each in heads.items())
 
 
 def before_sparse(plan: Plan, state: RunState) -> bool:

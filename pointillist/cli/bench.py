@@ -1,4 +1,4 @@
-"""`pointillist bench`: how fast this machine is."""
+"""`pointillist bench`: how fast this machine is, and what step caches of a model go by."""
 
 import json
 import os
@@ -13,13 +13,13 @@ from rich.table import Table
 
 from pointillist.files import write_whole
 
-app = typer.Typer(no_args_is_help=True, help="Measure this machine.")
+app = typer.Typer(no_args_is_help=True, help="Measure this machine, or calibrate caches.")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 @app.callback()
 def _group() -> None:
-    """Measure this machine."""
+    """Measure this machine, or calibrate caches."""
 
 
 @app.command("attention")
@@ -100,6 +100,122 @@ def attention(
         print(json.dumps(result, allow_nan=False))
         return
     _print(result)
+
+
+@app.command("pipeline")
+def pipeline(
+    model: Annotated[str, typer.Option(help="One of real_sizes.json: wan2.1-1.3b, hunyuanvideo, flux …")],
+    plan: Annotated[str, typer.Option(help="auto, quality, balanced, fast, or the file of a plan.")] = "auto",
+    hardware: Annotated[
+        str, typer.Option(help="Estimate for this machine: h200, rtx4090 … or the file of a profile; '' measures here.")
+    ] = "",
+    random_weights: Annotated[bool, typer.Option(help="Weights do not matter to time; none are loaded.")] = True,
+    layers: Annotated[int, typer.Option(min=0, help="Build so many layers of each kind and scale; 0 is all.")] = 0,
+    rounds: Annotated[int, typer.Option(min=1, help="Measured repetitions; medians count.")] = 3,
+    device: Annotated[str, typer.Option(help="cpu or cuda; '' is cuda if there is one.")] = "",
+    dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}; '' is one for this device.")] = "",
+    output: Annotated[Path | None, typer.Option(help="Also write it to this JSON file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """One denoising step of a model at its true size, dense and accelerated."""
+    import torch
+
+    from pointillist.hardware.profile import load_profile
+    from pointillist.pipelines.real_size import RealSize, estimated, measured
+
+    if not random_weights:
+        raise ValueError("--no-random-weights is not possible: true weights are timed by generate --compare")
+    if dtype and dtype not in DTYPES:
+        raise ValueError(f"--dtype is {dtype!r}; allowed are {', '.join(DTYPES)}")
+    found, progress = RealSize.named(model), Console(stderr=True)
+    if hardware:
+        result = estimated(found, plan, load_profile(hardware), getattr(torch, dtype or "bfloat16"))
+    else:
+        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        kind = getattr(torch, dtype or ("float32" if where.type == "cpu" else "bfloat16"))
+        result = measured(found, plan, where, kind, layers, rounds, lambda text: progress.print(text, highlight=False))
+    if output is not None:
+        write_whole(output, (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
+    if as_json:
+        print(json.dumps(result, allow_nan=False))
+    else:
+        _print_pipeline(result)
+
+
+def _print_pipeline(result: dict[str, Any]) -> None:
+    seconds, speedup, share = result["seconds"], result["speedup"], result["attention_share"]
+    how = "estimated" if result["estimate"] else "measured"
+    steps = ", ".join(f"{count} {kind}" for kind, count in result["steps"].items() if count)
+    lines = (
+        f"{result['model']}, {result['size']}: {result['tokens']:,} tokens, {result['tflop']:.0f} TFLOP a pass, "
+        f"{result['parameters'] / 1e9:.1f} B parameters",
+        f"{how} for {result['hardware']} in {result['dtype']}, plan {result['plan']!r}",
+        f"one step    dense {seconds['dense']:.3g} s, plan {seconds['plan']:.3g} s: {speedup['step']:.2f}×",
+        f"attention   {share['dense']:.0%} of a dense step, {share['plan']:.0%} of a sparse one: "
+        f"{speedup['attention']:.2f}×",
+        f"a clip      dense {result['clip_seconds']['dense']:.4g} s, plan {result['clip_seconds']['plan']:.4g} s: "
+        f"{result['clip_speedup']:.2f}× ({steps} steps)",
+        f"rate        {result['tflops']['dense']:.4g} TFLOP/s dense",
+    )
+    for line in lines:
+        print(line)
+    if not result["estimate"]:
+        if result["layers_measured"] < result["layers"]:
+            print(f"layers      {result['layers_measured']} of {result['layers']} were measured; times are scaled")
+        if result["peak_gib"] is not None:
+            print(f"memory      {result['peak_gib']:.1f} GiB at most")
+
+
+@app.command("cache")
+def cache(
+    output: Annotated[Path | None, typer.Option(help="The calibration, FILE.json.")] = None,
+    model: Annotated[str, typer.Option(help="embedded, a Hub id or a folder.")] = "embedded",
+    prompts: Annotated[Path | None, typer.Option(help="Text file, a prompt in each line, a clip of each.")] = None,
+    plan: Annotated[str, typer.Option(help="Of attention, to calibrate with: none (dense), auto or a FILE.")] = "none",
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Number of frames.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, …")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    download: Annotated[bool, typer.Option("--download", help="Allow fetching a Hub id from the network.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Calibrate the step caches magnitude (MagCache) and modulated (TeaCache) for a model, from a few dense clips."""
+    import torch
+
+    from pointillist.cli.generate import quieten
+    from pointillist.cli.progress import show_progress
+    from pointillist.pipelines.events import Step
+    from pointillist.pipelines.load import load_pipeline
+    from pointillist.pipelines.search import find_cache_curves, read_prompts
+
+    if output is None or output.suffix != ".json" or output.is_dir() or not os.access(output.parent, os.W_OK):
+        given = "missing" if output is None else repr(str(output))
+        raise ValueError(f"--output is {given}; it must be a FILE.json in a folder that can be written to")
+    texts = None if prompts is None else read_prompts(prompts)
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"--dtype is {dtype!r}; allowed are {', '.join(DTYPES)}")
+    quieten()
+    with show_progress(Console(stderr=True)) as show:
+
+        def progress(phase: str, done: int, of: int) -> None:
+            show(Step(phase, done, of))
+
+        progress("loading the model", 0, 0)
+        pipe = load_pipeline(model, dtype=getattr(torch, dtype) if dtype else None, device=device, download=download)
+        found = find_cache_curves(
+            pipe, prompts=texts, plan=plan, progress=progress, num_inference_steps=steps, width=width, height=height,
+            num_frames=frames,
+        )  # fmt: skip
+    found.save(output)
+    if as_json:
+        about = {"output": str(output), "curve": list(found.curve), "polynomial": found.polynomial}
+        print(json.dumps({**about, "spread": found.spread, "prompts": found.prompts}, allow_nan=False))
+        return
+    caches = ["magnitude"] + ["modulated"] * (found.polynomial is not None)
+    print(f"{output}: {len(found.curve)} steps of {found.prompts} clips, which differ by {found.spread:.2g} at most")
+    print("use it: " + " or ".join(f"--cache {name}:file={output}" for name in caches))
 
 
 def _tune(device: Any, head_dims: tuple[int, ...], progress: Console) -> None:

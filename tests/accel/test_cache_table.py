@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from families import Family
 from pointillist import AccelerateError, Plan, accelerate
+from pointillist.accel import memory
 from pointillist.accel.models import wan
 from pointillist.accel.regions.policy import Regions
 from pointillist.accel.schedule import Schedule
@@ -92,6 +93,18 @@ def test_a_module_that_is_reused_gives_what_it_last_gave(family):
     whole = [step for step in range(6) if "1" in table.attention[step] + table.mlp[step]]
     assert [step for step, kind in enumerate(report.kinds) if kind != "cached"] == whole and 5 not in whole
     assert f"{table.share:.0%} of the modules reused" in report.cache and report.held["step cache"] > 0
+
+
+def test_what_it_holds_is_predicted_and_refused(family, monkeypatch):
+    for table in (CacheTable.every(8, LAYERS[family.name], 2), CacheTable.every(8, LAYERS[family.name], 3)):
+        for batch, guidance in ((1, 1.0), (2, 3.0)):
+            with accelerate(family.pipe, "none", cache=replace(table, predictor="taylor")) as handle:
+                family.run(batch=batch, guidance=guidance)
+                report = handle.report()
+            assert report.held["step cache"] == pytest.approx(report.predicted["step cache"], rel=0.05)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 100)
+    with accelerate(family.pipe, "none", cache=table), pytest.raises(MemoryError, match=r"outputs of \d modules and"):
+        family.run()
 
 
 def test_it_leaves_no_trace(family):

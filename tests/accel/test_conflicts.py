@@ -14,6 +14,7 @@ from conftest import make_pipe, make_transformer
 from families import Family
 from pointillist import AccelerateError, Plan, accelerate
 from pointillist.accel.conflicts import CONFLICTS, inert
+from pointillist.accel.step_cache.calibration import MadeWith
 from pointillist.accel.step_cache.policy import Caching
 from pointillist.accel.step_cache.table import CacheTable
 
@@ -40,9 +41,18 @@ def flux():
     return Family("flux").pipe
 
 
+def cosmos():
+    return Family("cosmos").pipe
+
+
+def curve(model=None, plan=None) -> Caching:
+    made = MadeWith(model=model, plan=plan).values
+    return Caching("magnitude", (("curve", (1.0, 0.99)), ("made_with", made)))
+
+
 SPARSE = Plan.uniform("pooled", 0.3, block=16)
 APPLYING = {
-    "regions of an unknown family": (flux, dict(plan="none", regions="easy"), "regions are not known for Flux"),
+    "regions of an unknown family": (cosmos, dict(plan="none", regions="easy"), "regions are not known for Cosmos"),
     "an order from layer to layer of an unknown family": (
         flux, dict(plan=replace(SPARSE, hoist="frames")), "not known for FluxTransformer2DModel",
     ),
@@ -50,12 +60,14 @@ APPLYING = {
     "a sampler with two evaluations in a step": (two_evaluations, dict(plan="none", cache="easy"), "Heun"),
     "a cache and noise of the sampler": (noisy, dict(plan="none", cache="easy"), "reusing them harms"),
     "regions and a sampler of several steps": (multistep, dict(plan="none", regions="easy"), "UniPCMultistepScheduler"),
+    "keys made anew beside text": (flux, dict(plan="none", regions="change:keys=input"), "attends to text as well"),
     "a cache table with regions": (
         make_pipe, dict(plan="none", regions="easy", cache=CacheTable.every(steps=4, layers=2, interval=2)),
         "take one away",
     ),
+    "a curve of another model": (make_pipe, dict(plan="none", cache=curve("flux-made-up")), "another model: flux-made"),
     "a curve of another attention": (
-        make_pipe, dict(plan=SPARSE, cache="magnitude:curve=wan2.1-t2v-1.3b"), "calibrated on dense attention",
+        make_pipe, dict(plan=SPARSE, cache=curve(plan="none")), "with the attention plan 'none'; here it is 'uniform",
     ),
     "one transformer of two is missing": (half_loaded, dict(plan="none"), "only pipe.transformer is there"),
 }  # fmt: skip

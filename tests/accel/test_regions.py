@@ -11,6 +11,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from conftest import make_pipe, make_transformer
 from families import Family
 from pointillist import AccelerateError, Plan, PlanError, accelerate
+from pointillist.accel import memory
 from pointillist.accel.plan import Schedule
 from pointillist.accel.regions import keys
 from pointillist.accel.regions.choose import aged, importance, tiles_of, tokens_of
@@ -22,8 +23,9 @@ SOME = "change:share=0.4,every=3,from=1"
 
 @pytest.mark.parametrize("text", ["change:share=1,from=1,every=2", "low_std:share=1,from=1,every=3"])
 @pytest.mark.parametrize(("batch", "guidance"), [(1, 3.0), (2, 3.0), (2, 1.0)])
-def test_all_tokens_are_no_acceleration(text, batch, guidance):
-    family = Family("wan")
+@pytest.mark.parametrize("name", ["wan", "flux", "ltx"])
+def test_all_tokens_are_no_acceleration(name, text, batch, guidance):
+    family = Family(name)
     dense = [family.run(size, batch=batch, guidance=guidance) for size in (64, 96)]
     with accelerate(family.pipe, "none", regions=text) as handle:
         found = [family.run(size, batch=batch, guidance=guidance) for size in (64, 96)]
@@ -224,15 +226,98 @@ def test_keys_in_eight_bits_are_close_and_rows_exact():
     assert sum(x.nbytes for x in memory.values()) == 2 * k.numel() + 2 * 2 * 3 * 4
 
 
-@pytest.mark.parametrize("how", ["full", "fp8"])
-def test_memory_is_as_predicted(run, how):
+def test_keys_that_are_made_anew_are_those_that_were_kept(run):
+    """Of what went into each layer, with the chosen tokens' rows renewed: the same keys, at half the memory."""
+    for batch, guidance in ((1, 1.0), (2, 3.0)):
+        pipe, found, held = make_pipe(transformer=make_transformer(layers=6)), {}, {}
+        dense = run(pipe, steps=6, size=96, batch=batch, guidance=guidance)
+        for how in ("full", "input"):
+            with accelerate(pipe, "none", regions=f"{SOME},keys={how}") as handle:
+                found[how] = run(pipe, steps=6, size=96, batch=batch, guidance=guidance)
+                held[how] = handle.report().held["regions"]
+        torch.testing.assert_close(found["input"], found["full"], atol=1e-5, rtol=1e-4)
+        assert not torch.equal(found["full"], dense) and held["input"] < 0.8 * held["full"]
+        assert torch.equal(run(pipe, steps=6, size=96, batch=batch, guidance=guidance), dense)
+
+
+def test_keys_made_anew_go_with_sparse_steps(run):
+    plan, found = Plan.uniform("pooled", 0.6, block=16, tail="none"), {}
     pipe = make_pipe()
-    with accelerate(pipe, "none", regions=f"{SOME},keys={how}") as handle:
-        run(pipe, steps=6, size=128)
-        held = handle.report().held["regions"]
-    tokens = 3 * 8 * 8
-    predicted = keys.bytes_needed(2, 2, 1, tokens, 32, 4, how) + 2 * tokens * 16 * 4 * 4  # and both velocities
-    assert held == pytest.approx(predicted, rel=0.05)
+    for how in ("full", "input"):
+        with accelerate(pipe, plan, regions=f"{SOME},keys={how}") as handle:
+            found[how] = run(pipe, steps=6, size=96)
+            assert {"sparse", "region"} <= set(handle.report().kinds)
+    torch.testing.assert_close(found["input"], found["full"], atol=1e-5, rtol=1e-4)
+
+
+def test_layers_without_keys_see_the_chosen_tokens_alone(run):
+    """Of one layer none keeps keys with half of the layers: its attention is over the rows."""
+    assert Regions(layers=0.5).keeps(4) == ("none", "full", "none", "full")
+    assert Regions(layers=1 / 3).keeps(6).count("full") == 2 and set(Regions(layers=1.0).keeps(3)) == {"full"}
+    assert Regions(layers=0.7, keys="fp8").keeps(10).count("fp8") == 7
+    pipe, rows, found, active = make_pipe(transformer=make_transformer(layers=1)), torch.tensor([1, 7, 30]), [], []
+    with accelerate(pipe, "none", regions="change:share=0.1,max_age=10,from=1,every=9,layers=0.5") as handle:
+        handle.compute_only(rows)
+        attention = pipe.transformer.blocks[0].attn1
+        hooks = [
+            attention.to_out[0].register_forward_pre_hook(lambda module, args: found.append(args[0])),
+            attention.register_forward_pre_hook(lambda module, args: active.append(args)),
+        ]
+        run(pipe, steps=2, guidance=1.0)
+        for hook in hooks:
+            hook.remove()
+    alone = attention(*active[1])  # not accelerated any more: the rows' own queries, keys and values
+    torch.testing.assert_close(attention.to_out[0](found[1]), alone, atol=1e-5, rtol=1e-4)
+    assert found[1].shape[1] == 3 and handle._runtime.held(" keys") == 0
+    pipe = make_pipe(transformer=make_transformer(layers=4))
+    with accelerate(pipe, Plan.uniform("pooled", 0.6, block=16), regions=f"{SOME},layers=0.5") as handle:
+        run(pipe, steps=6)
+        assert handle.report().steps["region"] == 4
+    kept = {}
+    for layers in (1.0, 0.5):
+        with accelerate(pipe, "none", regions=f"{SOME},layers={layers}") as handle:
+            kept[layers] = (run(pipe, steps=6), handle.report().held["regions"])
+    assert not torch.equal(kept[1.0][0], kept[0.5][0]) and kept[0.5][1] < 0.75 * kept[1.0][1]
+
+
+@pytest.mark.parametrize("how", ["full", "fp8", "input"])
+@pytest.mark.parametrize("layers", [1.0, 0.5])
+@pytest.mark.parametrize(("batch", "guidance", "plan"), [(1, 1.0, "none"), (2, 3.0, "none"), (2, 3.0, "sparse")])
+def test_memory_is_as_predicted(run, how, layers, batch, guidance, plan):
+    """Before anything is kept, and within 5 % of what was kept at most."""
+    pipe = make_pipe(transformer=make_transformer(layers=4))
+    wish = Plan.uniform("pooled", 0.4, block=16) if plan == "sparse" else plan
+    with accelerate(pipe, wish, regions=f"{SOME},keys={how},layers={layers}") as handle:
+        told = []
+
+        def look(pipe, step, timestep, tensors):
+            told.append(handle._runtime.record.predicted["regions"])
+            return tensors
+
+        run(pipe, steps=6, size=128, batch=batch, guidance=guidance, callback_on_step_end=look)
+        report = handle.report()
+    assert len(set(told)) == 1 and report.predicted["regions"] == told[0]
+    assert report.held["regions"] == pytest.approx(told[0], rel=0.05)
+
+
+def test_what_cannot_fit_is_refused_with_what_to_do(run, monkeypatch):
+    pipe = make_pipe()
+    dense = run(pipe)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 300_000)
+    with accelerate(pipe, "none", regions=SOME) as handle:
+        with pytest.raises(MemoryError) as error:
+            run(pipe, size=128, guidance=3.0)
+        assert handle._runtime.held(" keys") == 0
+        sentence = str(error.value)
+        assert "3×8×8 tokens of 1 clips need in 2 layers and 2 guidance branches, which takes 0.4 MiB" in sentence
+        assert "cpu has 0.3 MiB free; keys=fp8 needs 0.2 MiB, keys=input needs 0.3 MiB, layers=0.5 needs" in sentence
+        assert "regions='none' nothing" in sentence
+        run(pipe)  # a smaller clip fits
+    with accelerate(pipe, "none", regions=f"{SOME},keys=fp8") as handle:
+        run(pipe, size=128, guidance=3.0)
+        assert handle.report().held["regions"] < 300_000
+    monkeypatch.undo()
+    assert torch.equal(run(pipe), dense)
 
 
 def test_text_is_read_or_refused():
@@ -245,6 +330,8 @@ def test_text_is_read_or_refused():
         ("change:share=x", "share is 'x'; it must be a number"),
         ("change:share=0.1,max_age=3", "reaches all tokens in 10 steps, which is more than max_age 3"),
         ("change:unit=row", "unit is 'row'; allowed are token, tile"),
+        ("change:layers=0", "layers is 0.0; it must be a number above 0"),
+        ("change:keys=half", "keys is 'half'; allowed are full, fp8, input"),
         ("change:size=3", "region option 'size=3' is none; give NAME=VALUE with one of share"),
     ):
         with pytest.raises(RegionsError, match=message):

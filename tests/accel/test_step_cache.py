@@ -9,6 +9,7 @@ from diffusers import FirstBlockCacheConfig, MagCacheConfig
 
 from families import Family
 from pointillist import AccelerateError, Plan, PlanError, accelerate
+from pointillist.accel import memory
 from pointillist.accel.plan import Schedule
 from pointillist.accel.step_cache.magnitude import at_steps, shipped_curves
 from pointillist.accel.step_cache.policy import Caching, CachingError
@@ -155,7 +156,7 @@ def test_curves_carry_to_other_step_counts():
     assert at_steps((1.0, 2.0, 3.0), 3) == (1.0, 2.0, 3.0)
     assert at_steps((1.0, 2.0, 3.0), 5) == (1.0, 1.0, 2.0, 3.0, 3.0)
     assert at_steps((1.0, 2.0, 3.0), 1) == (1.0,)
-    assert shipped_curves()["wan2.2-t2v-a14b"][26] == 0.6552  # where the expert changes
+    assert shipped_curves()["wan2.2-t2v-a14b"][0][26] == 0.6552  # where the expert changes
 
 
 @pytest.mark.parametrize(
@@ -231,14 +232,51 @@ def test_attention_becoming_sparse_is_no_change_of_the_clip():
 
 
 def test_what_it_holds_is_what_was_said():
-    """One residual of the hidden states for each branch, and the latents and outputs that the rate looks at."""
+    """Residuals of the hidden states for each branch, the latents that the rate looks at, and the outputs."""
     family = Family("wan")
     with accelerate(family.pipe, "none", cache="rate:threshold=1000,predictor=parabola") as handle:
         family.run(batch=2)
-        held = handle.report().held["step cache"]
+        report = handle.report()
     tokens, latents = 48, 2 * 16 * 3 * 8 * 8 * 4
     residuals = 2 * 3 * (2 * tokens * 32 * 4)  # branches × kept × [B, N, C]
-    assert residuals < held <= residuals + 2 * 8 * latents
+    assert report.predicted["step cache"] == residuals + (2 + 2) * latents
+    assert report.held["step cache"] == pytest.approx(report.predicted["step cache"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "cache",
+    [
+        f"{ALWAYS},predictor=taylor", f"{ALWAYS},level=output", "first_block:threshold=0.1,predictor=exponential",
+        "magnitude", "modulated:threshold=1000,first=0.3,predictor=taylor",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize(("batch", "guidance"), [(1, 1.0), (2, 3.0)])
+def test_what_it_holds_is_predicted(family, cache, batch, guidance):
+    """When the first residuals are there, within 5 % of what was held at most."""
+    if cache == "magnitude":
+        cache = Caching("magnitude", (("curve", (1.0,) * 8),))
+    elif family.name != "wan" and str(cache).startswith("modulated"):
+        return
+    with accelerate(family.pipe, "none", cache=cache) as handle:
+        family.run(steps=12, batch=batch, guidance=guidance)
+        report = handle.report()
+    assert report.held["step cache"] == pytest.approx(report.predicted["step cache"], rel=0.05)
+
+
+def test_what_cannot_fit_is_refused(family, monkeypatch):
+    dense = family.run()
+    for cache, way in (
+        (f"{ALWAYS},predictor=parabola", "predictor=last needs"),
+        (f"{ALWAYS},predictor=taylor", "level=output needs"),
+    ):
+        with accelerate(family.pipe, "none", cache=cache) as handle:
+            monkeypatch.setattr(memory, "free_bytes", lambda device: 100)
+            with pytest.raises(MemoryError, match=r"takes 0\.\d MiB, but cpu has 0\.0 MiB free; .*" + way):
+                family.run()
+            monkeypatch.undo()
+            family.run()
+            assert handle.report().held["step cache"] > 100
+    assert torch.equal(family.run(), dense)
 
 
 def test_unknown_models_are_cached_but_not_sparse():

@@ -63,6 +63,8 @@ class Family:
     PACKED: ClassVar[bool] = False
     """Whether padding is the end of the sequence although the text is before the video (in batches of unequal texts the
     video then begins at unequal places)."""
+    SHARED_ROWS: ClassVar[bool] = False
+    """Whether all entries of a batch compute the same tokens in region steps, as they share their positions."""
     PRESET: ClassVar[Preset] = Preset()
 
     def tokens(self, transformer: Any, call: Named) -> Tokens:

@@ -1,11 +1,13 @@
 """LTX-Video and the video of LTX-2: latents are packed into tokens, the text is in cross-attention."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from pointillist.accel.models.family import Family, Named, Preset, Tokens
 from pointillist.accel.models.positions import grid_of_coordinates
+from pointillist.accel.models.rows import Rows, gathered, take
 
 
 class LTX(Family):
@@ -25,8 +27,23 @@ class LTX(Family):
             return Tokens((frames, height, width))
         return Tokens(grid_of_coordinates(call["video_coords"]))
 
-    def latent_channels(self, transformer: Any) -> int:
-        return int(transformer.config.in_channels)
+    def take_rows(
+        self, transformer: Any, rows: Rows, full: Callable[[torch.Tensor], torch.Tensor]
+    ) -> Callable[[], None]:
+        def tables(output: Any, index: torch.Tensor) -> Any:
+            return tuple(gathered(table, index) for table in output)
+
+        def modulation(output: Any, index: torch.Tensor) -> Any:
+            """Flat over batch and tokens, where every token has its own timestep."""
+            if len(output[0]) == len(index):
+                return output
+            return tuple(gathered(x.unflatten(0, (len(index), -1)), index).flatten(0, 1) for x in output)
+
+        others: dict[torch.nn.Module, Callable[[Any, torch.Tensor], Any]] = {
+            transformer.rope: tables,
+            transformer.time_embed: modulation,
+        }
+        return take(transformer.proj_in, transformer.proj_out, rows, full, others)
 
 
 class LTX2(LTX):
@@ -36,5 +53,11 @@ class LTX2(LTX):
     CLASSES = ("LTX2VideoTransformer3DModel",)
     PROCESSORS = ("LTX2AudioVideoAttnProcessor", "LTX2PerturbedAttnProcessor")
 
-    def output_weight(self, block: Any, attention: Any) -> torch.Tensor:
-        return attention.to_out[0].weight
+    def take_rows(
+        self, transformer: Any, rows: Rows, full: Callable[[torch.Tensor], torch.Tensor]
+    ) -> Callable[[], None]:
+        raise NotImplementedError  # the audio sees the video's tokens, all of them
+
+    @property
+    def can_take_rows(self) -> bool:
+        return False

@@ -1,8 +1,12 @@
 """Stable Diffusion 3 and 3.5, whose first blocks have a second self-attention over the image alone."""
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from pointillist.accel.models.family import Family, Named, Preset, Tokens, latent_grid
+from pointillist.accel.models.rows import Rows, take
 
 
 class StableDiffusion3(Family):
@@ -17,3 +21,8 @@ class StableDiffusion3(Family):
         """Of latents [B, C, H, W]."""
         patch = transformer.config.patch_size
         return Tokens(latent_grid(call["hidden_states"], (1, patch, patch)))
+
+    def take_rows(
+        self, transformer: Any, rows: Rows, full: Callable[[torch.Tensor], torch.Tensor]
+    ) -> Callable[[], None]:
+        return take(transformer.pos_embed, transformer.proj_out, rows, full, {})

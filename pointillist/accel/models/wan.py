@@ -7,6 +7,7 @@ import torch
 
 from pointillist.accel.models import fingerprints
 from pointillist.accel.models.family import Family, Named, Preset, Tokens, latent_grid
+from pointillist.accel.models.rows import Rows, gathered, take
 
 
 class WanVACE(Family):
@@ -82,57 +83,27 @@ class Wan(WanVACE):
         return transformer.config.out_channels
 
     def take_rows(
-        self,
-        transformer: Any,
-        rows: Callable[[], torch.Tensor | None],
-        full: Callable[[torch.Tensor], torch.Tensor],
+        self, transformer: Any, rows: Rows, full: Callable[[torch.Tensor], torch.Tensor]
     ) -> Callable[[], None]:
-        """Let only some tokens run through the layers and the head. Returns the undo.
+        def patches(output: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+            """[B, C, F, H, W], which is flattened behind the module."""
+            tokens = output.flatten(2)
+            return tokens.gather(2, index[:, None].expand(-1, tokens.shape[1], -1))[..., None, None]
 
-        Args:
-            rows: gives, in the running call, int64 [B, n] the tokens to compute, or None for all.
-            full: makes the output of all tokens [B, N, C] of that of the computed ones [B, n, C].
-        """
+        def tables(output: Any, index: torch.Tensor) -> Any:
+            return tuple(table[0][index] for table in output)
 
-        @torch.compiler.disable
-        def embedded(module: torch.nn.Module, args: tuple[Any, ...], patches: torch.Tensor) -> torch.Tensor | None:
-            index = rows()
-            if index is None:
-                return None
-            tokens = patches.flatten(2)
-            chosen = tokens.gather(2, index[:, None].expand(-1, tokens.shape[1], -1))
-            return chosen[..., None, None]
-
-        @torch.compiler.disable
-        def rotary(module: torch.nn.Module, args: tuple[Any, ...], tables: Any) -> Any:
-            index = rows()
-            return tables if index is None else tuple(table[0][index] for table in tables)
-
-        @torch.compiler.disable
-        def conditioned(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        def modulation(output: Any, index: torch.Tensor) -> Any:
             embedding, projection, *others = output
-            index = rows()
-            if index is None or projection.ndim != 3:  # one timestep for all tokens
+            if projection.ndim != 3:  # one timestep for all tokens
                 return output
-            parts = (x.gather(1, index[..., None].expand(-1, -1, x.shape[2])) for x in (embedding, projection))
-            return *parts, *others
+            return gathered(embedding, index), gathered(projection, index), *others
 
-        @torch.compiler.disable
-        def projected(module: torch.nn.Module, args: tuple[Any, ...], out: torch.Tensor) -> torch.Tensor:
-            return full(out)
-
-        hooks = [
-            transformer.patch_embedding.register_forward_hook(embedded),
-            transformer.rope.register_forward_hook(rotary),
-            transformer.condition_embedder.register_forward_hook(conditioned),
-            transformer.proj_out.register_forward_hook(projected),
-        ]
-
-        def undo() -> None:
-            for hook in hooks:
-                hook.remove()
-
-        return undo
+        others: dict[torch.nn.Module, Callable[[Any, torch.Tensor], Any]] = {
+            transformer.rope: tables,
+            transformer.condition_embedder: modulation,
+        }
+        return take(transformer.patch_embedding, transformer.proj_out, rows, full, others, patches)
 
     def watch_modulation(self, transformer: Any, tell: Callable[[torch.Tensor], None]) -> Callable[[], None]:
         """With the timestep's projection."""

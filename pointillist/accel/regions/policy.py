@@ -1,11 +1,13 @@
 """`Regions`: what a plan or a user says about computing a part of the tokens. Its steps are the schedule's."""
 
+import math
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from typing import Any
 
 FOCUSES = ("change", "low_std", "high_std")
 UNITS = ("token", "tile")
-KEYS = ("full", "fp8")
+KEYS = ("full", "fp8", "input")
 EASY = {"region_from": 0.95, "region_to": 0.0, "region_every": 3}
 """Of the schedule, where only regions are asked for: two of three steps behind the first, noisy ones."""
 
@@ -30,14 +32,19 @@ class Regions:
     max_age: int = 8
     """After so many steps a token is computed, whatever its importance."""
     keys: str = "full"
-    """How keys and values of the other tokens are kept: as they are, or in 8 bits (`fp8`), which halves bfloat16."""
+    """How keys and values of the other tokens are kept: as they are, in 8 bits (`fp8`), or as what they are computed
+    from (`input`), in every region step anew. Each of the latter two halves what bfloat16 takes."""
+    layers: float = 1.0
+    """This share of the layers keeps them; in the others, evenly between, the chosen tokens see but each other."""
 
     def __post_init__(self) -> None:
         for name, allowed in (("focus", FOCUSES), ("unit", UNITS), ("keys", KEYS)):
             if getattr(self, name) not in allowed:
                 raise RegionsError(f"{name} is {getattr(self, name)!r:.80}; allowed are {', '.join(allowed)}")
-        if not _is_number(self.share) or not 0 < self.share <= 1:
-            raise RegionsError(f"share is {self.share!r:.80}; it must be a number above 0 and at most 1")
+        for name in ("share", "layers"):
+            value = getattr(self, name)
+            if not _is_number(value) or not 0 < value <= 1:
+                raise RegionsError(f"{name} is {value!r:.80}; it must be a number above 0 and at most 1")
         if not _is_number(self.age) or not 0 <= self.age <= 100:
             raise RegionsError(f"age is {self.age!r:.80}; it must be a number from 0 to 100")
         if isinstance(self.max_age, bool) or not isinstance(self.max_age, int) or not 1 <= self.max_age <= 1000:
@@ -47,6 +54,11 @@ class Regions:
                 f"a share of {self.share:g} reaches all tokens in {1 / self.share:.0f} steps, which is more than "
                 f"max_age {self.max_age}; raise one of them"
             )
+
+    def keeps(self, layers: int) -> tuple[str, ...]:
+        """How each of so many layers keeps keys and values: as `keys` says, or `none`."""
+        counts = [math.floor(layer * self.layers + 1e-9) for layer in range(layers + 1)]
+        return tuple(self.keys if more > less else "none" for less, more in pairwise(counts))
 
     @classmethod
     def parse(cls, text: str) -> "tuple[Regions, dict[str, Any]]":

@@ -7,11 +7,13 @@ last computed, with the rows that were computed now written over it.
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from pointillist.accel.blocks import blocks_in
+from pointillist.accel.memory import check_fits, heads_of, region_bytes
 from pointillist.accel.regions.choose import aged, importance, tiles_of, tokens_of
 from pointillist.accel.regions.policy import Regions
 from pointillist.accel.site import Runtime
@@ -21,8 +23,17 @@ from pointillist.accel.tiles import Grid
 class RegionSampling:
     """Of one transformer. All that it remembers lies in the runtime's memory, by branch and generation."""
 
-    def __init__(self, regions: Regions, runtime: Runtime, name: str, family: Any, transformer: Any) -> None:
-        self._regions, self._runtime, self._name = regions, runtime, name
+    def __init__(
+        self,
+        regions: Regions,
+        runtime: Runtime,
+        name: str,
+        family: Any,
+        transformer: Any,
+        branches: Callable[[str], int],
+    ) -> None:
+        """`branches`: how many guidance passes a step has, by the name of the first."""
+        self._regions, self._runtime, self._name, self._branches = regions, runtime, name, branches
         self._family, self._transformer = family, transformer
         self.fixed: torch.Tensor | None = None
         """int64 [n]: tokens that a user chose, in place of those that matter (`Acceleration.compute_only`)."""
@@ -40,10 +51,14 @@ class RegionSampling:
         if state.step is None or plan is None:
             return
         kinds = [plan.schedule.kind(step, state.sigmas) for step in range(len(state.sigmas))]
+        if "region" in kinds and "needed" not in self._velocity():
+            self._velocity()["needed"] = self._check_memory(x, "sparse" in kinds and plan.patterns != {"dense"})
         shared = runtime.memory(f"{self._name} regions", self._shapes, every_branch=True)
         if shared.get("step") != state.step:  # once for all branches
             self._look(shared, x, kinds)
-        if kinds[state.step] == "region":
+        if kinds[state.step] == "region" and state.tokens is not None and state.tokens.conditions:
+            runtime.record.notes["all tokens computed: there are reference images beside the tokens"] += 1
+        elif kinds[state.step] == "region":
             if self._velocity().get("keys"):
                 runtime.rows = shared["rows"]
             else:
@@ -60,6 +75,42 @@ class RegionSampling:
             if not shared["reused"]:  # once for all branches
                 shared.update(age=shared["age before"] + 1, reused=True)
                 runtime.record.ages[runtime.state.step] = shared["age"]
+
+    def _check_memory(self, x: torch.Tensor, sparse: bool) -> int | None:
+        """Bytes that all branches will keep. Raises MemoryRefusedError before anything is kept if they cannot fit."""
+        runtime, state = self._runtime, self._runtime.state
+        heads = heads_of(self._transformer)
+        assert state.grid is not None
+        if heads is None:
+            return None
+        x, tokens = _channels_second(x), math.prod(state.grid)
+
+        def needed(regions: Regions) -> int:
+            return region_bytes(
+                regions.keeps(len(self._family.sites(self._transformer))), branches=branches, batch=x.shape[0],
+                tokens=tokens, chosen=math.ceil(regions.share * tokens), heads=heads[0], head_dim=heads[1],
+                itemsize=x.itemsize, latents=x[:, : self._family.latent_channels(self._transformer)].numel(),
+                sparse=sparse,
+            )  # fmt: skip
+
+        branches = max(self._branches(state.branch), runtime.branches(f"{self._name} velocity"))
+        total = needed(self._regions)
+        runtime.record.predicted["regions"] = total
+        ways: dict[str, int | None] = {}
+        if self._regions.keys == "full":
+            ways = {f"keys={keys}": needed(replace(self._regions, keys=keys)) for keys in ("fp8", "input")}
+        fewer = self._regions.layers / 2
+        ways[f"layers={fewer:g}"] = needed(replace(self._regions, layers=fewer))
+        ways |= {"cache='easy' keeps residuals in place of keys": None, "regions='none' nothing": None}
+        what = (
+            f"regions keep what {state.grid[0]}×{state.grid[1]}×{state.grid[2]} tokens of {x.shape[0]} clips need in "
+            f"{len(self._family.sites(self._transformer))} layers and {branches} guidance branches"
+        )
+        check_fits(what, total - self._held(), x.device, ways)
+        return total
+
+    def _held(self) -> int:
+        return sum(self._runtime.held(ending) for ending in (" keys", " velocity", " regions"))
 
     def _look(self, shared: dict[Any, Any], x: torch.Tensor, kinds: list[str]) -> None:
         """What the last step did to the tokens, and which of them this one computes."""
@@ -95,6 +146,8 @@ class RegionSampling:
                 )
             return self.fixed.to(age.device).expand(age.shape[0], -1)
         score = aged(importance, age, regions.age, regions.max_age)
+        if self._family.SHARED_ROWS:
+            score = score.mean(0, keepdim=True).expand_as(score)
         if regions.unit == "token":
             return tokens_of(score, regions.share)
         assert plan is not None
@@ -114,11 +167,12 @@ class RegionSampling:
         if runtime.state.step is not None:
             memory["velocity"] = out
             memory["keys"] = runtime.keeps_keys or runtime.rows is not None
-            held = runtime.held(" keys") + runtime.held(" velocity")
-            runtime.record.held["regions"] = max(runtime.record.held.get("regions", 0), held)
+            runtime.record.held["regions"] = max(runtime.record.held.get("regions", 0), self._held())
         return out
 
 
 def _channels_second(x: torch.Tensor) -> torch.Tensor:
-    """Latents of a sequence [B, N, C] as [B, C, N]."""
-    return x.transpose(1, 2) if x.ndim == 3 else x
+    """Latents of a sequence [B, N, C] as [B, C, N], those of an image [B, C, H, W] as a clip's [B, C, 1, H, W]."""
+    if x.ndim == 3:
+        return x.transpose(1, 2)
+    return x[:, :, None] if x.ndim == 4 else x

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 if TYPE_CHECKING:
     import torch
 
+    from pointillist.accel.step_cache.calibration import MadeWith
+
 
 @dataclass
 class Seen:
@@ -51,12 +53,21 @@ class Decider:
         """So many blocks run before it decides; 0 where it decides on entering."""
         return 0
 
+    @property
+    def calibrated(self) -> MadeWith | None:
+        """What its curves were recorded with; None where it has none."""
+        return None
+
     def reuse(self, seen: Seen) -> bool:
         """Whether to reuse; asked at every step, also where the answer cannot be followed."""
         raise NotImplementedError
 
     def computed(self, seen: Seen, out: torch.Tensor) -> None:
         """A call was computed, and gave `out`."""
+
+    def bytes_kept(self, seen: Seen, out: torch.Tensor, branches: int) -> int:
+        """What it remembers of so many guidance branches, beside the residuals."""
+        return 0
 
     @classmethod
     def make(cls, **options: Any) -> Self:

@@ -42,5 +42,8 @@ class FirstBlock(Decider):
         seen.memory["distance"] = distance
         return distance <= self.threshold
 
+    def bytes_kept(self, seen: Seen, out: torch.Tensor, branches: int) -> int:
+        return branches * (0 if seen.front is None else seen.front.nbytes)
+
     def computed(self, seen: Seen, out: torch.Tensor) -> None:
         seen.memory["front"] = seen.front

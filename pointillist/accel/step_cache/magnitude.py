@@ -3,17 +3,16 @@
 γ_t = mean over tokens of ‖R_t‖ / ‖R_{t−1}‖ is nearly the same for all prompts. Since the last computed step, q is the
 product of the curve's values and the expected error the sum of |1 − q|; a step is reused while that stays below the
 threshold. Reads nothing back from the device. Curves are of one model: shipped ones are data of MagCache (Apache-2.0,
-Zehong Ma et al.), others are calibrated (`pointillist bench cache`).
+Zehong Ma et al.), others are calibrated (`pointillist bench cache`, then `magnitude:file=FILE`).
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from pointillist.accel.step_cache.calibration import MadeWith, check_curve, made_with, read_shipped
 from pointillist.accel.step_cache.decider import Decider, Seen
 
 if TYPE_CHECKING:
@@ -28,6 +27,8 @@ class Magnitude(Decider):
     threshold: float = 0.12
     curve: str | tuple[float, ...] = ""
     """γ of every step, 1 for the first, or the name of a shipped one."""
+    made_with: tuple[Any, ...] = ()
+    """Of a calibrated curve: the values of a `MadeWith`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -35,11 +36,16 @@ class Magnitude(Decider):
             if self.curve not in shipped_curves():
                 given = f"curve {self.curve!r:.80} is not shipped" if self.curve else "a curve is needed"
                 raise ValueError(f"{given}; shipped are {', '.join(shipped_curves())}")
-        elif not all(isinstance(each, int | float) and 0 < each < 1e3 for each in self.curve):
-            raise ValueError("curve must hold numbers above 0")
+        else:
+            check_curve(self.curve)
+        made_with(self.made_with)
+
+    @property
+    def calibrated(self) -> MadeWith | None:
+        return shipped_curves()[self.curve][1] if isinstance(self.curve, str) else made_with(self.made_with)
 
     def reuse(self, seen: Seen) -> bool:
-        curve = at_steps(shipped_curves()[self.curve] if isinstance(self.curve, str) else self.curve, seen.steps)
+        curve = at_steps(shipped_curves()[self.curve][0] if isinstance(self.curve, str) else self.curve, seen.steps)
         q, error = seen.memory.get("q", 1.0), seen.memory.get("error", 0.0)
         q *= curve[seen.step]
         error += abs(1 - q)
@@ -60,7 +66,6 @@ def at_steps(curve: tuple[float, ...], steps: int) -> tuple[float, ...]:
 
 
 @lru_cache(maxsize=1)
-def shipped_curves() -> dict[str, tuple[float, ...]]:
-    """By the name of the model."""
-    text = Path(__file__).with_name("magnitude_curves.json").read_text(encoding="utf-8")
-    return {name: tuple(values) for name, values in json.loads(text).items()}
+def shipped_curves() -> dict[str, tuple[tuple[float, ...], MadeWith]]:
+    """By the name of the model: the curve, and what is known of how it was made."""
+    return read_shipped("magnitude_curves.json")

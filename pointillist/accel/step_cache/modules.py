@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from pointillist.accel.memory import check_fits, held_bytes
 from pointillist.accel.run_state import wrap
 from pointillist.accel.site import Runtime, before_sparse
 from pointillist.accel.step_cache.predictors import PREDICTORS
@@ -19,7 +20,11 @@ Layers = list[dict[str, list[torch.nn.Module]]]
 class ModuleCache:
     """Of one transformer. All that it remembers lies in the runtime's memory, by module, branch and generation."""
 
-    def __init__(self, table: CacheTable, runtime: Runtime, name: str, layers: Layers) -> None:
+    def __init__(
+        self, table: CacheTable, runtime: Runtime, name: str, layers: Layers, branches: Callable[[str], int]
+    ) -> None:
+        """`branches`: how many guidance passes a step has, by the name of the first."""
+        self._branches = branches
         self._table, self._runtime, self._name, self._layers = table, runtime, name, layers
         self._kept, self._predict = PREDICTORS[table.predictor]
         self._computed = self._reused = 0
@@ -63,9 +68,27 @@ class ModuleCache:
             return _like(history[-1][1], [self._predict(each, position) for each in _streams(history)])
         output = original(*args, **kwargs)
         self._computed += 1
+        self._check_memory(output)
         history.append((position, output))
         del history[: -self._kept]
         return output
+
+    def _check_memory(self, output: Any) -> None:
+        """Once in each branch: all modules are taken to give as much as this one. Raises MemoryRefusedError."""
+        runtime, place = self._runtime, f"{self._name} modules' memory"
+        memory = runtime.memory(place, None)
+        if "needed" in memory:
+            return
+        branches = max(self._branches(runtime.state.branch), runtime.branches(place))
+        modules = sum(len(each) for kinds in self._layers for each in kinds.values())
+        one = branches * modules * held_bytes(output)
+        memory["needed"] = runtime.record.predicted["step cache"] = self._kept * one
+        ways: dict[str, int | None] = {"predictor last": one} if self._kept > 1 else {}
+        device = output.device if isinstance(output, torch.Tensor) else output[0].device
+        check_fits(
+            f"the cache table keeps {self._kept} outputs of {modules} modules and {branches} guidance branches",
+            memory["needed"] - runtime.held(" cache"), device, ways | {"cache='easy' keeps one residual": None},
+        )  # fmt: skip
 
     def _must_compute(self, layer: int, kind: str) -> bool:
         state, plan = self._runtime.state, self._runtime.plan

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from pointillist.accel.step_cache.calibration import Calibration, CalibrationError
 from pointillist.accel.step_cache.decider import Decider
 from pointillist.accel.step_cache.first_block import FirstBlock
 from pointillist.accel.step_cache.magnitude import Magnitude
@@ -73,7 +74,8 @@ class Caching:
 
     @classmethod
     def parse(cls, text: str) -> "Caching":
-        """From `easy`, or `DECIDER:NAME=VALUE,NAME=VALUE`, with options of the decider and of this class.
+        """From `easy`, or `DECIDER:NAME=VALUE,NAME=VALUE`, with options of the decider and of this class. `file=FILE`
+        gives a decider the curve of a calibration.
 
         Raises:
             CachingError: what is not allowed.
@@ -86,6 +88,11 @@ class Caching:
                 raise CachingError(f"cache option {part!r:.80} must be NAME=VALUE")
             values[key.strip()] = _value(value.strip())
         mine = {key: values.pop(key) for key in ("predictor", "level", "first", "last", "most") if key in values}
+        if "file" in values:
+            try:
+                values |= Calibration.load(str(values.pop("file"))).options(name)
+            except CalibrationError as error:
+                raise CachingError(f"cache {name}: {error}") from error
         return cls("rate" if name == "easy" else name, tuple(sorted(values.items())), **mine)
 
     def __str__(self) -> str:

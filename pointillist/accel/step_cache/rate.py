@@ -32,6 +32,10 @@ class Rate(Decider):
         memory["distance"] = memory["expected"]
         return memory["expected"] < self.threshold
 
+    def bytes_kept(self, seen: Seen, out: torch.Tensor, branches: int) -> int:
+        """Latents of two steps, which the branches share, and the last output of each."""
+        return 2 * seen.x.nbytes + branches * out.nbytes
+
     def computed(self, seen: Seen, out: torch.Tensor) -> None:
         memory = seen.memory
         if "out" in memory:

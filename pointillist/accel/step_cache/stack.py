@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from pointillist.accel import bridge
+from pointillist.accel.memory import check_fits, held_bytes
 from pointillist.accel.run_state import wrap
 from pointillist.accel.site import Runtime
 from pointillist.accel.step_cache.decider import Seen
@@ -24,12 +25,24 @@ Streams = tuple[torch.Tensor, torch.Tensor | None]
 class StepCache:
     """Of one transformer. All that it remembers lies in the runtime's memory, by branch and generation."""
 
-    def __init__(self, caching: Caching, runtime: Runtime, name: str, transformer: Any, model: str) -> None:
+    def __init__(
+        self,
+        caching: Caching,
+        runtime: Runtime,
+        name: str,
+        transformer: Any,
+        model: str,
+        branches: Callable[[str], int],
+    ) -> None:
         """
+        Args:
+            branches: how many guidance passes a step has, by the name of the first.
+
         Raises:
             CachingError: the transformer's blocks are not known, and the caching needs them.
         """
         self._caching, self._runtime, self._name, self._model = caching, runtime, name, model
+        self._branches = branches
         self._decider = caching.made
         self._kept, self._predict = PREDICTORS[caching.predictor]
         self._transformer = transformer
@@ -41,6 +54,8 @@ class StepCache:
             )
         self._level = "stack" if self._lists and caching.level != "output" else "output"
         self._passage: _Passage | None = None
+        self.seam: Any = None
+        """The `parallel.seam.Seam` of the transformer, where it is split over processes."""
 
     def install(self) -> Callable[[], None]:
         """Returns the undo."""
@@ -55,6 +70,10 @@ class StepCache:
                     self._transformer._modules[name] = self._lists[name]
 
         return undo
+
+    def whole(self, streams: Streams, stay: bool = True) -> Streams:
+        """All tokens, of those of this process; unless `stay`, what follows has all of them too."""
+        return streams if self.seam is None else self.seam.whole(streams, stay)
 
     def enter(self, x: torch.Tensor) -> None:
         """A call of the transformer begins, with latents x."""
@@ -121,7 +140,9 @@ class _Passage:
     def decide(self) -> bool:
         """Whether this call reuses; decided once, after the decider's blocks have run."""
         if self.reused is None:
-            self.reused = self._decide()
+            self.reused, agreement = self._decide(), self.cache._runtime.agreement
+            if agreement is not None:  # a process that computes would wait forever for one that reuses
+                self.reused = agreement.first_of(self.reused)
             self._note()
         return self.reused
 
@@ -175,10 +196,11 @@ class _Passage:
             self._front_in = hidden
         else:
             assert self._front_in is not None
-            self.seen.front = hidden - self._front_in
+            self.seen.front = self.cache.whole((hidden, None))[0] - self._front_in
 
     def edge(self, number: int, streams: Streams, entering: bool) -> None:
         """Hidden states where the part of a list begins or ends that may be reused."""
+        streams = self.cache.whole(streams)
         if entering:
             self._entered = streams
         else:
@@ -220,16 +242,43 @@ class _Passage:
         memory = self._memory
         if self._outside:
             return
-        if self.reused:
+        if not self.reused:
+            self._computed(out)
+        else:
             memory["in a row"] = memory.get("in a row", 0) + 1
-            return
+        held = self.cache._runtime.held(" cache")
+        record = self.cache._runtime.record
+        record.held["step cache"] = max(record.held.get("step cache", 0), held)
+
+    def _computed(self, out: torch.Tensor) -> None:
+        memory = self._memory
         memory["in part"] = self.cache._runtime.rows is not None
         if memory["in part"]:  # what was kept is older than these tokens: the next step is computed
             return
         memory.update({"in a row": 0, "last": self.seen.step, "kind": self._kind})
         self.cache._decider.computed(self.seen, out)
-        record = self.cache._runtime.record
-        record.held["step cache"] = max(record.held.get("step cache", 0), self.cache._runtime.held(" cache"))
+        if "needed" not in memory:
+            memory["needed"] = self._check_memory(out)
+
+    def _check_memory(self, out: torch.Tensor) -> int:
+        """Bytes that all branches will keep, as the first residuals tell. Raises MemoryRefusedError."""
+        cache, runtime = self.cache, self.cache._runtime
+        place = f"{cache._name} cache"
+        histories = [value for key, value in self._memory.items() if isinstance(key, tuple) and key[0] == "history"]
+        branches = max(cache._branches(self.seen.branch), runtime.branches(place) - 1)  # one place is all branches'
+        decider = cache._decider.bytes_kept(self.seen, out, branches)
+
+        def needed(kept: int) -> int:
+            return branches * kept * held_bytes([history[-1] for history in histories]) + decider
+
+        total = needed(cache._kept)
+        runtime.record.predicted["step cache"] = total
+        ways: dict[str, int | None] = {"predictor=last": needed(1)} if cache._kept > 1 else {}
+        if cache._level == "stack" and not cache._decider.blocks_before:
+            ways["level=output"] = branches * cache._kept * out.nbytes + decider
+        what = f"the cache keeps {cache._kept} residuals of {branches} guidance branches"
+        check_fits(what, total - runtime.held(" cache"), out.device, ways | {"cache='none' keeps nothing": None})
+        return total
 
     def _note(self) -> None:
         record = self.cache._runtime.record
@@ -282,7 +331,7 @@ class _StandIn:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         streams = bridge.streams_of(self._block)
-        hidden, text = streams.into(args, kwargs)
+        hidden, text = self._passage.cache.whole(streams.into(args, kwargs), stay=False)
         added, added_text = self._passage.predict(self._number)
         if text is not None and added_text is not None:
             text = text + added_text
