@@ -28,6 +28,8 @@ from diffusers import (
 from PIL import Image
 
 from conftest import make_transformer, make_vae
+from pointillist import Plan, accelerate
+from pointillist.accel.parallel.start import parallelize
 
 TEXT, WIDTH = 12, 32
 """Tokens of a prompt, and channels of an embedding."""
@@ -728,3 +730,12 @@ PIPELINES: dict[str, Callable[[], tuple[Any, Call]]] = {
 """With sparse attention, by variant."""
 WITHOUT: dict[str, Callable[[], tuple[Any, Call]]] = {"sana": sana, "cogview4": cogview4}
 """With caching alone: linear attention, and a model that no family knows."""
+
+
+def run_case(name: str) -> torch.Tensor:
+    """Latents of a sparse run; shared by all processes of a job."""
+    family = Family(name)
+    if torch.distributed.is_initialized():
+        parallelize(family.pipe, ulysses=torch.distributed.get_world_size())
+    with accelerate(family.pipe, Plan.uniform("window", 0.4, tail="none", block=16)):
+        return family.run(steps=2)
