@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import torch
+
 from pointillist.accel.models.family import Family, Named, Preset, Tokens, latent_grid
 
 
@@ -15,3 +17,7 @@ class SkyReels(Family):
     def tokens(self, transformer: Any, call: Named) -> Tokens:
         """Of latents [B, C, F, H, W]."""
         return Tokens(latent_grid(call["hidden_states"], transformer.config.patch_size))
+
+    def timestep(self, call: Named) -> torch.Tensor:
+        """[B] or, with diffusion forcing, [B, F]: the noisiest frame's. Its steps are taken by copies of the scheduler."""
+        return call["timestep"]
