@@ -8,10 +8,13 @@ PROMPT ?= a red circle moving left on black
 TORCH_INDEX ?=
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test test-slow lint format bench ci-setup clean
+.PHONY: demo app test test-slow lint format bench ci-setup apt-install clean
 
 demo: $(VENV)/.ready
 	$(BIN)/pointillist generate "$(PROMPT)" --compare --output outputs/demo.mp4
+
+app: $(VENV)/.ready
+	$(BIN)/python app.py
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
@@ -32,10 +35,15 @@ bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/attention.py
 	$(BIN)/python benchmarks/embedded.py
 
-# The tests need nothing beyond Python, make and a C++ compiler.
+# What the tests need beyond Python and make: a C++ compiler, and a browser for those of the web UI.
 ci-setup:
-	@command -v c++ >/dev/null || [ "$$(id -u)" = 0 ] || { echo "a C++ compiler is needed: apt install g++"; exit 1; }
-	@command -v c++ >/dev/null || { apt-get update -qq && apt-get install -y -qq g++; }
+	@command -v c++ >/dev/null || $(MAKE) -s apt-install PACKAGE=g++
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null \
+	  || $(MAKE) -s apt-install PACKAGE=chromium
+
+apt-install:
+	@[ "$$(id -u)" = 0 ] || { echo "needed: apt install $(PACKAGE)"; exit 1; }
+	@apt-get update -qq && apt-get install -y -qq $(PACKAGE) >/dev/null
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

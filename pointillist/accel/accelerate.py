@@ -26,6 +26,7 @@ from pointillist.accel.conflicts import (
 from pointillist.accel.dense import DenseAttention
 from pointillist.accel.layouts import forget_layouts
 from pointillist.accel.memory import branches_of
+from pointillist.accel.parallel.split import Split, agreement_of, config_of
 from pointillist.accel.patterns import pattern_class
 from pointillist.accel.plan import Plan
 from pointillist.accel.regions.keys import Recomputing
@@ -33,7 +34,7 @@ from pointillist.accel.regions.policy import Regions
 from pointillist.accel.regions.rows import RegionSampling
 from pointillist.accel.report import Record, Report, make_report
 from pointillist.accel.run_state import watch_branches, watch_generations, wrap
-from pointillist.accel.site import Observer, Runtime, Site
+from pointillist.accel.site import LayoutObserver, Observer, Runtime, Site
 from pointillist.accel.step_cache.modules import ModuleCache
 from pointillist.accel.step_cache.policy import Caching, CachingError
 from pointillist.accel.step_cache.stack import StepCache
@@ -113,6 +114,7 @@ class Acceleration:
             self._caches = _caches(choice, self._runtime, self._targets, branches)
             self._tables = _tables(choice, self._runtime, self._targets, self._pipe, branches)
             self._regions = _regions(choice, self._runtime, self._targets, branches)
+            self._splits = _splits(self._runtime, self._targets, undo)
             for target in self._targets:
                 self._install(target, undo)
             undo.callback(forget_layouts)
@@ -145,6 +147,12 @@ class Acceleration:
         None ends it. The tensors may be reused after the call: clone what is to be kept. A tensor that it returns takes
         the place of out."""
         self._runtime.observer = observer
+
+    def observe_layouts(self, observer: LayoutObserver | None) -> None:
+        """Call `observer(site, branch, step, laid)` at every sparse attention call from now on, before it is computed;
+        None ends it. `laid.layout` says which pairs of blocks the call keeps. Steps that compute a part of the tokens
+        are not told."""
+        self._runtime.layout_observer = observer
 
     def intercept(self, intercept: Interceptor) -> None:
         """From now on, call `intercept(transformer, branch, step, compute)` in place of every call of a transformer, by
@@ -195,15 +203,18 @@ class Acceleration:
     def _install(self, target: Target, undo: ExitStack) -> None:
         state, family, transformer = self._runtime.state, target.family, target.transformer
         plan, cache, regions = self._choice.plan, self._caches.get(target.name), self._regions.get(target.name)
-        table = self._tables.get(target.name)
+        table, split = self._tables.get(target.name), self._splits.get(target.name)
 
         @torch.compiler.disable
         def entered(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if self._pipe.scheduler is not self._scheduler:
                 self._follow_scheduler()
-            hidden_states, timestep = family.inputs(args, kwargs)
-            state.enter(target.name, timestep, family.grid(transformer, hidden_states))
+            call = family.named(transformer, args, kwargs)
+            hidden_states, tokens = family.latents(call), family.tokens(transformer, call)
+            state.enter(target.name, family.timestep(call), tokens)
             self._call_began(hidden_states.device)
+            if split is not None:
+                split.enter(args, kwargs)
             if regions is not None:
                 regions.enter(hidden_states)
             if cache is not None:
@@ -218,12 +229,17 @@ class Acceleration:
                 table.leave(failed=output is None)
             if regions is not None:
                 regions.leave(reused)
+            if split is not None:
+                split.leave()
             state.leave()
 
         undo.callback(watch_branches(transformer, state))
+        if split is not None:
+            undo.callback(split.install())
         if regions is not None:
             undo.callback(regions.install())
         if cache is not None:
+            cache.seam = None if split is None else split.seam
             undo.callback(cache.install())
             undo.callback(family.watch_modulation(transformer, cache.modulated))
         if table is not None:
@@ -231,11 +247,13 @@ class Acceleration:
         undo.callback(transformer.register_forward_pre_hook(entered, with_kwargs=True).remove)
         undo.callback(transformer.register_forward_hook(left, always_call=True).remove)
         sites: dict[torch.nn.Module, Site] = {}
-        for layer, (block, attention) in enumerate(family.sites(transformer)):
-            name = f"{target.name}.{family.site_name(layer)}"
+        named = zip(family.site_names(transformer), family.sites(transformer), strict=True)
+        for layer, (path, (block, attention)) in enumerate(named):
+            name = f"{target.name}.{path}"
             trained = weights_of(attention, name, self._weights)
-            sites[attention] = Site(name, layer, self._dense.handler(attention), self._runtime, trained)
-            undo.callback(bridge.route(block, attention, sites[attention]))
+            sites[attention] = Site(name, layer, family, self._dense.handler(attention), self._runtime, trained)
+            handler = sites[attention] if split is None else split.share(sites[attention], layer)
+            undo.callback(bridge.route(block, attention, handler))
             if regions is not None and self._runtime.keeps_how[layer] == "input":
                 again = torch.compiler.disable(Recomputing(self._runtime, f"{name} keys").around)
                 undo.callback(wrap(attention, "forward", again))
@@ -264,6 +282,8 @@ class Acceleration:
         self._runtime.state.begin_generation(scheduler)
         self._runtime.forget()
         _check_table(self._choice, self._targets, self._pipe, len(self._runtime.state.sigmas))
+        for split in self._splits.values():
+            split.begin_generation()
         self._runtime.record = self._new_record()
 
     def _new_record(self) -> Record:
@@ -291,9 +311,11 @@ class Acceleration:
 
     def _step_ended(self) -> None:
         self._runtime.state.stepped()
-        self._runtime.record.last_step = now(self._device)
+        self._runtime.record.step_ends.append(now(self._device))
         if self._runtime.state.was_last_step:
             self._runtime.forget()
+            if self._splits:
+                next(iter(self._splits.values())).end_generation()
 
     def _plan_source(self) -> str:
         plan, grid = self._choice.plan, self._runtime.record.grid
@@ -377,15 +399,28 @@ def _regions(
     }
 
 
+def _splits(runtime: Runtime, targets: tuple[Target, ...], undo: ExitStack) -> dict[str, Split]:
+    """By component name; none where one process has a video for itself. Raises AccelerateError."""
+    configs = {each.name: config for each in targets if (config := config_of(each.transformer)) is not None}
+    if not configs:
+        return {}
+    try:
+        splits = {
+            each.name: Split(each.transformer, configs[each.name], each.family.heads(each.transformer), runtime)
+            for each in targets
+        }
+    except ValueError as error:
+        raise AccelerateError(str(error)) from error
+    runtime.agreement = agreement_of(next(iter(configs.values())))
+    undo.callback(runtime.agreement.close)
+    return splits
+
+
 def _weights(
     given: str | os.PathLike[str] | Mapping[str, torch.Tensor] | None, targets: tuple[Target, ...]
 ) -> dict[str, torch.Tensor]:
     """Raises AccelerateError for what are no trained tensors of these targets."""
-    sites = [
-        f"{target.name}.{target.family.site_name(layer)}"
-        for target in targets
-        for layer in range(len(target.family.sites(target.transformer)))
-    ]
+    sites = [f"{each.name}.{path}" for each in targets for path in each.family.site_names(each.transformer)]
     try:
         weights = load_weights(given)
         check_keys(weights, sites)

@@ -5,12 +5,18 @@ backend is set on a site's own processor and never process-wide (`set_attention_
 default and does not undo it). A backend sees q, k and v but not its layer: a hook on the block copies the
 site's number into one shared tensor, and a single opaque operator looks the number up. So `torch.compile`
 sees the same graph in every layer; a Python value per layer would recompile it each time.
+
+Processors that do not ask for a backend (SD3, PixArt, CogVideoX, Mochi, Lumina, HiDream, Cosmos) call
+`F.scaled_dot_product_attention` or the dispatcher by a name of their module. A site of theirs gets a copy of its
+processor whose method reads these two names in a namespace of ours: nothing of theirs is written again, no class is
+changed, and `torch.compile` sees a plain method.
 """
 
 import copy
 import inspect
 import itertools
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -30,10 +36,12 @@ from diffusers.models.attention_dispatch import (
 )
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
-SiteHandler = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float | None], torch.Tensor]
-"""(q, k, v [B, S, H, D], scale) → [B, S, H, D]."""
+Mask = torch.Tensor | None
+SiteHandler = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float | None, Mask], torch.Tensor]
+"""(q [B, S, H, D], k and v [B, Sk, H, D], scale, mask that broadcasts to [B, H, S, Sk]) → [B, S, H, D]."""
 
 _NAME = "pointillist"
+_MARK = "_pointillist_routed"
 _handlers: dict[int, SiteHandler] = {}
 _numbers = itertools.count()
 with torch.inference_mode(False):
@@ -42,7 +50,12 @@ with torch.inference_mode(False):
 
 @torch.library.custom_op("pointillist::site_attention", mutates_args=())
 def _site_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, site: torch.Tensor, scale: float | None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    site: torch.Tensor,
+    scale: float | None,
+    mask: torch.Tensor | None,
 ) -> torch.Tensor:
     handler = _handlers.get(int(site))  # `site` lies on the CPU: reading it waits for no device
     if handler is None:
@@ -50,11 +63,11 @@ def _site_attention(
             f"attention reached pointillist outside of an accelerated block (site {int(site)}): a processor "
             "was moved to another module; restore() the handle and accelerate the pipeline again"
         )
-    return handler(query, key, value, scale).contiguous()
+    return handler(query, key, value, scale, mask).contiguous()
 
 
 @_site_attention.register_fake
-def _(query, key, value, site, scale):
+def _(query, key, value, site, scale, mask):
     return query.new_empty(query.shape)
 
 
@@ -72,17 +85,79 @@ def _backend(
 ) -> torch.Tensor:
     """Diffusers drops arguments that a backend does not name, so all are named, and refused here if set."""
     refused = {
-        "attn_mask": attn_mask is not None,
         "dropout_p": dropout_p != 0,
         "is_causal": is_causal,
-        "enable_gqa": enable_gqa,
         "return_lse": return_lse,
         "parallel_config": _parallel_config is not None,
     }
     for name, given in refused.items():
         if given:
             raise ValueError(f"{name} was given to accelerated self-attention, which does not support it")
-    return _site_attention(query, key, value, _current_site, scale)
+    if enable_gqa and key.shape[2] != query.shape[2]:
+        key, value = (x.repeat_interleave(query.shape[2] // x.shape[2], dim=2) for x in (key, value))
+    return _site_attention(query, key, value, _current_site, scale, attn_mask)
+
+
+def _scaled_dot_product_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """In place of torch's, for tensors [B, H, S, D]."""
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    return _backend(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa).transpose(1, 2)
+
+
+def _dispatched(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    attention_kwargs: dict[str, Any] | None = None,
+    backend: Any = None,
+    parallel_config: Any = None,
+) -> torch.Tensor:
+    """In place of Diffusers' dispatcher, where it is called without a backend."""
+    return _backend(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, False, parallel_config)
+
+
+@lru_cache(maxsize=64)
+def _rerouted(kind: Hashable) -> Any:
+    """A subclass of a processor's class: the same method, which finds our attention by the names that it calls.
+
+    Raises:
+        ValueError: the method does not call attention by one of these names.
+    """
+    assert isinstance(kind, type)
+    call: Any = kind.__call__  # type: ignore[operator]
+    if not isinstance(call, types.FunctionType) or call.__closure__:
+        raise ValueError(f"a {kind.__name__} does not call attention in its own method")
+    ours = {"F": _functional(), "dispatch_attention_fn": _dispatched}
+    names = {name for name in ours if name in call.__code__.co_names}
+    if not names or ("F" in names and "scaled_dot_product_attention" not in call.__code__.co_names):
+        raise ValueError(f"a {kind.__name__} does not call attention by a name that is known")
+    space = {**call.__globals__, **{name: ours[name] for name in names}}
+    method = types.FunctionType(call.__code__, space, call.__name__, call.__defaults__)
+    method.__kwdefaults__, method.__annotations__ = call.__kwdefaults__, call.__annotations__
+    return type(kind.__name__, (kind,), {"__call__": method, _MARK: True, "__module__": kind.__module__})
+
+
+@lru_cache(maxsize=1)
+def _functional() -> types.ModuleType:
+    """`torch.nn.functional` with our attention."""
+    space = types.ModuleType("functional")
+    vars(space).update(vars(torch.nn.functional))
+    space.scaled_dot_product_attention = _scaled_dot_product_attention  # type: ignore[attr-defined]
+    return space
 
 
 def _our_backend() -> AttentionBackendName:
@@ -110,7 +185,11 @@ def route(block: torch.nn.Module, attention: Any, handler: SiteHandler) -> Calla
     hook = block.register_forward_pre_hook(_announce_site)
     original = attention.processor
     ours = copy.copy(original)  # the original may be shared with other modules, cross-attention among them
-    ours._attention_backend = _our_backend()
+    if uses_dispatcher(attention):
+        ours._attention_backend = _our_backend()
+    else:
+        kind: Any = type(original)
+        ours.__class__ = _rerouted(kind)
     attention.processor = ours
 
     def undo() -> None:
@@ -124,13 +203,24 @@ def route(block: torch.nn.Module, attention: Any, handler: SiteHandler) -> Calla
 
 
 def original_attention(attention: Any) -> SiteHandler:
-    """What `attention` computes now: Diffusers' dispatcher with the backend that its processor asks for."""
-    backend = attention.processor._attention_backend
+    """What `attention` computes now: Diffusers' dispatcher with the backend that its processor asks for, or torch's own
+    where it asks for none."""
+    names = () if uses_dispatcher(attention) else type(attention.processor).__call__.__code__.co_names
+    if "scaled_dot_product_attention" in names:
+        return torch_attention
+    backend = getattr(attention.processor, "_attention_backend", None)
 
-    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> torch.Tensor:
-        return dispatch_attention_fn(q, k, v, scale=scale, backend=backend)
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, mask: Mask) -> torch.Tensor:
+        return dispatch_attention_fn(q, k, v, attn_mask=mask, scale=scale, backend=backend)
 
     return attend
+
+
+def torch_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, mask: Mask) -> torch.Tensor:
+    """torch's own attention of tensors [B, S, H, D]."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    return out.transpose(1, 2)
 
 
 def check_dense_backend(name: str, device: torch.device) -> None:
@@ -146,7 +236,7 @@ def check_dense_backend(name: str, device: torch.device) -> None:
     try:
         _check_attention_backend_requirements(AttentionBackendName(name))
         x = torch.zeros(1, 64, 1, 64, device=device, dtype=torch.float32 if device.type == "cpu" else torch.bfloat16)
-        dense_attention(name)(x, x, x, None)
+        dense_attention(name)(x, x, x, None, None)
     except Exception as error:  # whatever a foreign backend raises, it does not run
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"dense={name!r} cannot run on {device}: {first}") from error
@@ -156,25 +246,27 @@ def dense_attention(name: str) -> SiteHandler:
     """Diffusers' dispatcher with the backend `name`."""
     backend = AttentionBackendName(name)
 
-    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> torch.Tensor:
-        return dispatch_attention_fn(q, k, v, scale=scale, backend=backend)
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, mask: Mask) -> torch.Tensor:
+        return dispatch_attention_fn(q, k, v, attn_mask=mask, scale=scale, backend=backend)
 
     return attend
 
 
 def is_routed(attention: Any) -> bool:
     """Whether the calls of `attention` come to us now."""
-    return getattr(attention.processor, "_attention_backend", None) == _NAME
+    return getattr(attention.processor, "_attention_backend", None) == _NAME or hasattr(attention.processor, _MARK)
 
 
 def uses_dispatcher(attention: Any) -> bool:
-    """Whether the processor of `attention` calls Diffusers' dispatcher, so that it can be routed."""
+    """Whether the processor of `attention` asks Diffusers' dispatcher for a backend."""
     return hasattr(attention.processor, "_attention_backend")
 
 
-def is_parallel(attention: Any) -> bool:
-    """Whether the sequence or the heads of `attention` are split over several processes."""
-    return getattr(attention.processor, "_parallel_config", None) is not None
+def check_route(attention: Any) -> None:
+    """Raises ValueError unless calls of `attention` can be sent to us."""
+    if not uses_dispatcher(attention):
+        kind: Any = type(attention.processor)
+        _rerouted(kind)
 
 
 def is_compiled(module: torch.nn.Module) -> bool:

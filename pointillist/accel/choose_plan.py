@@ -131,7 +131,7 @@ def _automatic(targets: tuple[Target, ...], speed: str) -> Choice:
             return Choice(plan, f"shipped for this model ({model})")
     if mine:
         return Choice(_at_density(mine[0], DENSITIES[speed]), f"shipped for this model ({model}), at another density")
-    preset = targets[0].family.PRESET
+    preset = targets[0].family.preset(targets[0].transformer)
     return Choice(
         preset if speed == "balanced" else _at_density(preset, DENSITIES[speed]),
         f"no plan is shipped for this model ({model}); `pointillist search --model MODEL --output plan.safetensors` "

@@ -2,14 +2,16 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
 
 from pointillist.accel import bridge
 from pointillist.accel.dense import check_dense
-from pointillist.accel.models import SUPPORTED, family_of, other
+from pointillist.accel.models import family_of, supported
+from pointillist.accel.models.family import Family
+from pointillist.accel.models.other import Other, Sana
+from pointillist.accel.parallel.split import config_of, degrees, why_no_ring
 from pointillist.accel.plan import Plan
 from pointillist.accel.step_cache.calibration import MadeWith
 from pointillist.accel.step_cache.policy import Caching
@@ -26,11 +28,11 @@ class AccelerateError(ValueError):
 
 @dataclass(frozen=True)
 class Target:
-    """A transformer to accelerate: its component name, and its family's module in `models`."""
+    """A transformer to accelerate: its component name, and its family."""
 
     name: str
     transformer: Any
-    family: ModuleType
+    family: Family
 
 
 def targets_of(pipe: Any, sparse: bool = True) -> tuple[Target, ...]:
@@ -45,7 +47,7 @@ def targets_of(pipe: Any, sparse: bool = True) -> tuple[Target, ...]:
     found = {name: components.get(name) for name in ("transformer", "transformer_2")}
     targets = tuple(_target(name, module, sparse) for name, module in found.items() if module is not None)
     if not targets:
-        raise AccelerateError(f"{type(pipe).__name__} has no transformer; supported are pipelines with a {SUPPORTED}")
+        raise AccelerateError(f"{type(pipe).__name__} has no transformer; supported are those of {supported()}")
     for method in ("set_timesteps", "step"):
         if not hasattr(components.get("scheduler"), method):
             raise AccelerateError(f"the scheduler of {type(pipe).__name__} has no {method}; the steps are read from it")
@@ -74,6 +76,12 @@ class Setup:
     def regions(self) -> bool:
         """Whether some steps compute a part of the tokens."""
         return self.plan is not None and self.plan.regions is not None
+
+    @property
+    def ring(self) -> int:
+        """So many processes hold keys for each other; 1 where each has all."""
+        config = config_of(self.targets[0].transformer)
+        return 1 if config is None else degrees(config)[1]
 
     @property
     def curve(self) -> MadeWith | None:
@@ -113,8 +121,14 @@ class Conflict:
 CONFLICTS = (
     Conflict(
         "regions of an unknown family", "refuse",
-        lambda its: its.regions and not all(hasattr(each.family, "take_rows") for each in its.targets),
+        lambda its: its.regions and not all(each.family.can_take_rows for each in its.targets),
         lambda its: f"regions are not known for {_classes(its)}; cache='easy' reuses whole steps of any model",
+    ),
+    Conflict(
+        "an order from layer to layer of an unknown family", "refuse",
+        lambda its: its.plan is not None and its.plan.hoist and not all(each.family.can_hoist for each in its.targets),
+        lambda its: f"the plan {_plan(its)!r} puts tokens into another order before the first layer (hoist), which is "
+        f"not known for {_classes(its)}; give a plan without hoist",
     ),
     Conflict(
         "a sampler with noise of its own", "refuse",
@@ -140,6 +154,13 @@ CONFLICTS = (
         "FlowMatchEulerDiscreteScheduler does not",
     ),
     Conflict(
+        "keys made anew beside text", "refuse",
+        lambda its: its.regions and its.plan.regions.keys == "input"  # type: ignore[union-attr]
+        and any(each.family.TEXT != "none" for each in its.targets),
+        lambda its: f"keys='input' makes keys anew from the image's hidden states, but {_classes(its)} attends to text "
+        "as well; take keys='fp8' or 'full'",
+    ),
+    Conflict(
         "a cache table with regions", "refuse",
         lambda its: its.regions and its.table is not None,
         lambda its: "regions compute a part of the tokens, and a cache table reuses what modules gave for all of them; "
@@ -157,6 +178,17 @@ CONFLICTS = (
         lambda its: its.curve is not None and its.curve.plan not in (None, its.here().plan),
         lambda its: f"the cache {its.caching} was calibrated with the attention plan {its.curve.plan!r}; here it is "  # type: ignore[union-attr]
         f"{its.here().plan!r}, so errors may be greater",
+    ),
+    Conflict(
+        "a plan that a ring cannot carry out", "refuse",
+        lambda its: its.ring > 1 and why_no_ring(its.plan),
+        lambda its: f"the plan {_plan(its)!r} cannot run in a ring of {its.ring} processes: {why_no_ring(its.plan)}",
+    ),
+    Conflict(
+        "one transformer of two is split", "refuse",
+        lambda its: len({config_of(each.transformer) is None for each in its.targets}) == 2,
+        lambda its: f"one of {' and '.join(each.name for each in its.targets)} is split over processes and one is not; "
+        "enable_parallelism on both",
     ),
     Conflict(
         "one transformer of two is missing", "refuse",
@@ -243,10 +275,11 @@ def _target(name: str, transformer: torch.nn.Module, sparse: bool) -> Target:
         raise AccelerateError(f"{described} is compiled; call accelerate first and torch.compile after it")
     family = family_of(transformer)
     if family is None:
-        raise AccelerateError(f"{described} is not supported; supported is {SUPPORTED}")
-    if family is other and sparse:
+        raise AccelerateError(f"{described} is not supported; supported are {supported()}")
+    if isinstance(family, Other) and sparse:
+        why = family.WHY if isinstance(family, Sana) else f"supported are {supported()}; docs/models.md adds a family"
         raise AccelerateError(
-            f"{described} is not supported by sparse attention, {SUPPORTED} is; "
+            f"{described} is not supported by sparse attention: {why}; "
             "accelerate(pipe, plan='none', cache='easy') reuses steps of any model"
         )
     if bridge.foreign_cache(transformer):
@@ -258,12 +291,19 @@ def _target(name: str, transformer: torch.nn.Module, sparse: bool) -> Target:
         raise AccelerateError(f"{described} has compiled blocks; call accelerate first and compile after it")
     if caches := bridge.caching_hooks(transformer):
         raise AccelerateError(f"{described} has a Diffusers cache ({', '.join(caches)}); call disable_cache() on it")
-    if any(bridge.is_parallel(attention) for _, attention in sites):
-        raise AccelerateError(f"{described} is split over processes (enable_parallelism), which is not supported")
-    for layer, (_, attention) in enumerate(sites):
-        if not bridge.uses_dispatcher(attention):
+    try:
+        config_of(transformer)
+    except ValueError as error:
+        raise AccelerateError(f"{described}: {error}") from error
+    for name_of_site, (_, attention) in zip(family.site_names(transformer), sites, strict=True):
+        found = type(attention.processor).__name__
+        if found not in family.PROCESSORS:
             raise AccelerateError(
-                f"{described} has a {type(attention.processor).__name__} at {family.site_name(layer)}, "
-                "which does not call Diffusers' attention dispatcher; set the model's own processor"
+                f"{described} has a {found} at {name_of_site}, which may call attention more than once (IP-Adapters "
+                f"do); sparse attention knows {', '.join(family.PROCESSORS)}: set the model's own processor"
             )
+        try:
+            bridge.check_route(attention)
+        except ValueError as error:
+            raise AccelerateError(f"{described}, {name_of_site}: {error}") from error
     return Target(name, transformer, family)

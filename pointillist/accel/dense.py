@@ -36,12 +36,16 @@ class DenseAttention:
             return self._by_the_fastest
         return bridge.dense_attention(self._wish)
 
-    def _by_the_fastest(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> torch.Tensor:
-        shape = (q.device, q.dtype, *q.shape)
+    def _by_the_fastest(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, mask: bridge.Mask
+    ) -> torch.Tensor:
+        if mask is not None:  # which few of them take
+            return bridge.torch_attention(q, k, v, scale, mask)
+        shape = (q.device, q.dtype, *q.shape, k.shape[1])
         if shape not in _measured:
             _measured[shape] = _measure(q, k, v, scale)
         self.choice = _measured[shape]
-        return bridge.dense_attention(self.choice[0])(q, k, v, scale)
+        return bridge.dense_attention(self.choice[0])(q, k, v, scale, None)
 
 
 _measured: dict[tuple, tuple[str, str]] = {}
@@ -49,7 +53,11 @@ _measured: dict[tuple, tuple[str, str]] = {}
 
 
 def _measure(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> tuple[str, str]:
-    work = {name: partial(bridge.dense_attention(name), q, k, v, scale) for name in FASTEST_OF if _runs(name, q.device)}
+    work = {
+        name: partial(bridge.dense_attention(name), q, k, v, scale, None)
+        for name in FASTEST_OF
+        if _runs(name, q.device)
+    }
     seconds, _ = interleaved(work, ROUNDS, q.device)
     medians = {name: statistics.median(each) for name, each in seconds.items()}
     in_order = sorted(medians, key=lambda name: medians[name])

@@ -68,7 +68,10 @@ def sub_call(group: Group, call: Call) -> Call:
     """The call as the pattern of `group` sees it: its heads, and its own memory."""
     memory = call.memory.setdefault(group, {})
     q, k, v = (group.of(x) for x in (call.q, call.k, call.v))
-    return replace(call, q=q, k=k, v=v, memory=memory, heads=group.heads)
+    heads = group.heads
+    if call.heads is not None:  # the call is of a part of the site's heads
+        heads = call.heads if heads is None else tuple(call.heads[head] for head in heads)
+    return replace(call, q=q, k=k, v=v, memory=memory, heads=heads)
 
 
 def lay_out(

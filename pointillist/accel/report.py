@@ -2,6 +2,7 @@
 
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,11 @@ class AttentionCall(NamedTuple):
     part: bool = False
     """Whether a part of the tokens was computed."""
 
+    @property
+    def kind(self) -> str:
+        """`dense`, `sparse` or `region`."""
+        return "region" if self.part else "dense" if self.density is None else "sparse"
+
 
 @dataclass
 class Record:
@@ -31,12 +37,14 @@ class Record:
 
     calls: list[AttentionCall] = field(default_factory=list)
     first_call: Moment | None = None
-    last_step: Moment | None = None
+    step_ends: list[Moment] = field(default_factory=list)
+    """When the scheduler had taken each of its steps."""
     warnings: list[str] = field(default_factory=list)
     """What does not go well together."""
     notes: Counter[str] = field(default_factory=Counter)
     """Fallbacks by their reasons, and whatever else a user should know."""
     grid: Grid | None = None
+    heads: int = 0
     backend: tuple[str, str] | None = None
     """Name and reason, once a sparse call has run."""
     decisions: list[tuple[int, str, bool, float | None]] = field(default_factory=list)
@@ -94,6 +102,12 @@ class Report:
     refreshed: tuple[float, ...] = ()
     """In what share of the steps each token was computed, likewise."""
     grid: Grid = (0, 0, 0)
+    heads: int = 0
+    """Of a site."""
+    step_seconds: tuple[float, ...] = ()
+    """Of every step in turn, to the end of the scheduler's step."""
+    call_seconds: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Of each site, the mean seconds of its `dense`, `sparse` and `region` calls, where there were such."""
 
     @property
     def skipped(self) -> float:
@@ -136,8 +150,9 @@ def make_report(record: Record, plan: str, plan_source: str, dense_backend: tupl
     sites = dict.fromkeys(call.site for call in record.calls)
     backend, reason = record.backend or (dense_backend[0], "every call was dense")
     denoise = 0.0
-    if record.first_call is not None and record.last_step is not None:
-        denoise = seconds_between(record.first_call, record.last_step)
+    moments = [record.first_call, *record.step_ends] if record.first_call is not None else []
+    if len(moments) > 1:
+        denoise = seconds_between(moments[0], moments[-1])
     return Report(
         plan=plan,
         plan_source=plan_source,
@@ -160,6 +175,9 @@ def make_report(record: Record, plan: str, plan_source: str, dense_backend: tupl
         predicted=dict(record.predicted),
         refreshed=_refreshed(record),
         grid=record.grid or (0, 0, 0),
+        heads=record.heads,
+        step_seconds=tuple(seconds_between(begin, end) for begin, end in pairwise(moments)),
+        call_seconds=_call_seconds(record),
         ages={step: tuple(age.long().flatten().bincount().tolist()) for step, age in record.ages.items()},
     )
 
@@ -169,13 +187,20 @@ def _kinds(record: Record) -> dict[int, str]:
     steps: dict[int, str] = {}
     for call in record.calls:
         if call.step is not None and (call.density is not None or call.part or call.step not in steps):
-            steps[call.step] = "region" if call.part else "dense" if call.density is None else "sparse"
+            steps[call.step] = call.kind
     computed = {step for step, _, reused, _ in record.decisions if not reused}
     for step, *_ in record.decisions:
         if step not in computed:
             steps[step] = "cached"
         steps.setdefault(step, "dense")  # of a model whose attention is not followed
     return steps
+
+
+def _call_seconds(record: Record) -> dict[str, dict[str, float]]:
+    seconds: defaultdict[str, defaultdict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for call in record.calls:
+        seconds[call.site][call.kind].append(seconds_between(call.start, call.end))
+    return {site: {kind: _mean(each) for kind, each in kinds.items()} for site, kinds in seconds.items()}
 
 
 def _refreshed(record: Record) -> tuple[float, ...]:

@@ -4,11 +4,11 @@ import contextlib
 import functools
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from pointillist.accel.models.family import Tokens
 from pointillist.accel.tiles import Grid
 
 
@@ -24,23 +24,28 @@ class RunState:
         """Guidance pass of the running call: the `cache_context`, else the call's place within the step."""
         self.expert = ""
         """Component name of the running transformer."""
-        self.grid: Grid | None = None
-        """Token grid of the running call, None between calls."""
+        self.tokens: Tokens | None = None
+        """Of the running call, None between calls."""
+        self.call: object = None
+        """Another one in every transformer call."""
         self.thread: int | None = None
         self.was_last_step = False
         """The last transformer call was of the generation's last step."""
         self._context: str | None = None
         self._timesteps: torch.Tensor | None = None
+        self._scheduler: Any = None
         self._done = 0
         self._unnamed: tuple[tuple[str, int | None], int] = (("", None), 0)
 
     def begin_generation(self, scheduler: Any) -> None:
         """Take over the steps that `scheduler` has just set; what an earlier generation left is dropped."""
-        self._timesteps, self._done = torch.as_tensor(scheduler.timesteps), 0
+        self._timesteps, self._done, self._scheduler = torch.as_tensor(scheduler.timesteps), 0, scheduler
         levels = getattr(scheduler, "sigmas", None)
         count = len(self._timesteps)
         usable = levels is not None and len(levels) >= count
         self.sigmas = tuple(float(level) for level in torch.as_tensor(levels if usable else self._timesteps)[:count])
+        if scheduler.config.get("invert_sigmas"):  # Mochi's run from 0 to 1
+            self.sigmas = tuple(1 - level for level in self.sigmas)
         self._unnamed = (("", None), 0)
         self.leave()
 
@@ -48,16 +53,21 @@ class RunState:
         """The scheduler has taken a step."""
         self._done += 1
 
-    def enter(self, expert: str, timestep: torch.Tensor | None, grid: Grid) -> None:
-        """A transformer call begins; without a timestep, at as many steps as the scheduler has taken."""
-        self.expert, self.grid, self.thread = expert, grid, threading.get_ident()
+    @property
+    def grid(self) -> Grid | None:
+        """Token grid of the running call, None between calls."""
+        return None if self.tokens is None else self.tokens.grid
+
+    def enter(self, expert: str, timestep: torch.Tensor | None, tokens: Tokens) -> None:
+        """A transformer call begins; without a timestep, at the step where the scheduler is."""
+        self.expert, self.tokens, self.thread, self.call = expert, tokens, threading.get_ident(), object()
         self.step = self._step_of(timestep) if timestep is not None else self._next_step()
         self.was_last_step = self.step is not None and self.step == len(self.sigmas) - 1
         self.branch = self._context if self._context is not None else self._place_within_step()
 
     def leave(self) -> None:
         """A transformer call has ended, well or not."""
-        self.step, self.branch, self.expert, self.grid, self.thread = None, "", "", None, None
+        self.step, self.branch, self.expert, self.tokens, self.thread = None, "", "", None, None
 
     @contextlib.contextmanager
     def context(self, name: str) -> Iterator[None]:
@@ -69,7 +79,11 @@ class RunState:
             self._context = outer
 
     def _next_step(self) -> int | None:
-        return self._done if self._done < len(self.sigmas) else None
+        """Where the scheduler says it is; else as many steps as it has taken, from where the pipeline began."""
+        step = getattr(self._scheduler, "step_index", None)
+        if step is None:
+            step = (getattr(self._scheduler, "begin_index", None) or 0) + self._done
+        return step if step < len(self.sigmas) else None
 
     def _step_of(self, timestep: torch.Tensor) -> int | None:
         """The index of `timestep` in the scheduler's list; None if it is not in it.
@@ -141,33 +155,36 @@ def watch_branches(transformer: Any, state: RunState) -> Undo:
     return wrap(transformer, "cache_context", cache_context)
 
 
-@dataclass
-class _Link:
-    """One wrapped method of an instance. Wrappers of several owners may be undone in any order."""
+class _Wrapper:
+    """What stands in place of a method of one instance. Wrappers of several owners may be undone in any order."""
 
-    earlier: Any
-    """What the instance itself held before, None for the method of its class."""
-    wrapper: Any = None
-    active: bool = True
+    def __init__(self, owner: Any, name: str, around: Callable[..., Any]) -> None:
+        original = getattr(owner, name)
+        functools.update_wrapper(self, original)  # and all that another wrapper knows, so this comes first
+        self._owner, self._name, self._around, self._original = owner, name, around, original
+        self.earlier = vars(owner).get(name)
+        """What the instance itself held before, None for the method of its class."""
+        self.active = True
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._around(self._original, *args, **kwargs) if self.active else self._original(*args, **kwargs)
+
+    def __deepcopy__(self, known: dict[int, Any]) -> Any:
+        """A copy of the owner gets its own method, and is not watched: LTX-2 copies its scheduler for the audio."""
+        copied = known.get(id(self._owner))
+        return getattr(type(copied), self._name).__get__(copied) if copied is not None else self
 
 
 def wrap(owner: Any, name: str, around: Callable[..., Any]) -> Undo:
     """Replace the method `name` of this instance by `around(original, …)`. Returns the undo."""
-    original, link = getattr(owner, name), _Link(vars(owner).get(name))
-
-    @functools.wraps(original)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        return around(original, *args, **kwargs) if link.active else original(*args, **kwargs)
-
-    link.wrapper = wrapper
-    wrapper._pointillist_link = link  # type: ignore[attr-defined]
+    wrapper = _Wrapper(owner, name, around)
     setattr(owner, name, wrapper)
 
     def undo() -> None:
-        link.active = False
+        wrapper.active = False
         method = vars(owner).get(name)
-        while (top := getattr(method, "_pointillist_link", None)) and top.wrapper is method and not top.active:
-            method = top.earlier
+        while isinstance(method, _Wrapper) and not method.active:
+            method = method.earlier
         if method is None:
             vars(owner).pop(name, None)
         elif method is not vars(owner).get(name):  # else somebody has wrapped ours, and calls through it

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 import typer
 
+from pointillist.cli import app as web_app
 from pointillist.cli import bench, compare, env, generate, plan, repaint, search
+from pointillist.pipelines.failures import explain
 
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # typer carries its own copy of click
 
@@ -22,6 +24,7 @@ app.command("generate")(generate.command)
 app.command("repaint")(repaint.command)
 app.command("compare")(compare.command)
 app.command("env")(env.command)
+app.command("app")(web_app.command)
 app.add_typer(plan.app, name="plan")
 app.add_typer(bench.app, name="bench")
 app.add_typer(search.app, name="search")
@@ -53,14 +56,11 @@ def run(arguments: Sequence[str] | None = None) -> int:
         from pointillist.search.errors import SearchError
 
         usage = isinstance(error, ValueError) and not isinstance(error, (PlanError, ModelError, SearchError))
-        return _fail(str(error) or type(error).__name__, 2 if usage else 1)
+        return _fail(explain(error), 2 if usage else 1)
     except Exception as error:
         if os.environ.get("POINTILLIST_DEBUG") == "1":
             raise
-        first = f"{type(error).__name__}: {error}".partition("\n")[0]
-        if "allocate memory" in str(error) or "out of memory" in str(error):
-            return _fail(f"there is not enough memory; try a smaller size or fewer frames ({first})", 1)
-        return _fail(f"this should not have happened; POINTILLIST_DEBUG=1 shows where: {first}", 1)
+        return _fail(explain(error), 1)
 
 
 def _fail(message: str, code: int) -> int:

@@ -102,6 +102,70 @@ def attention(
     _print(result)
 
 
+@app.command("pipeline")
+def pipeline(
+    model: Annotated[str, typer.Option(help="One of real_sizes.json: wan2.1-1.3b, hunyuanvideo, flux …")],
+    plan: Annotated[str, typer.Option(help="auto, quality, balanced, fast, or the file of a plan.")] = "auto",
+    hardware: Annotated[
+        str, typer.Option(help="Estimate for this machine: h200, rtx4090 … or the file of a profile; '' measures here.")
+    ] = "",
+    random_weights: Annotated[bool, typer.Option(help="Weights do not matter to time; none are loaded.")] = True,
+    layers: Annotated[int, typer.Option(min=0, help="Build so many layers of each kind and scale; 0 is all.")] = 0,
+    rounds: Annotated[int, typer.Option(min=1, help="Measured repetitions; medians count.")] = 3,
+    device: Annotated[str, typer.Option(help="cpu or cuda; '' is cuda if there is one.")] = "",
+    dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}; '' is one for this device.")] = "",
+    output: Annotated[Path | None, typer.Option(help="Also write it to this JSON file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """One denoising step of a model at its true size, dense and accelerated."""
+    import torch
+
+    from pointillist.hardware.profile import load_profile
+    from pointillist.pipelines.real_size import RealSize, estimated, measured
+
+    if not random_weights:
+        raise ValueError("--no-random-weights is not possible: true weights are timed by generate --compare")
+    if dtype and dtype not in DTYPES:
+        raise ValueError(f"--dtype is {dtype!r}; allowed are {', '.join(DTYPES)}")
+    found, progress = RealSize.named(model), Console(stderr=True)
+    if hardware:
+        result = estimated(found, plan, load_profile(hardware), getattr(torch, dtype or "bfloat16"))
+    else:
+        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        kind = getattr(torch, dtype or ("float32" if where.type == "cpu" else "bfloat16"))
+        result = measured(found, plan, where, kind, layers, rounds, lambda text: progress.print(text, highlight=False))
+    if output is not None:
+        write_whole(output, (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
+    if as_json:
+        print(json.dumps(result, allow_nan=False))
+    else:
+        _print_pipeline(result)
+
+
+def _print_pipeline(result: dict[str, Any]) -> None:
+    seconds, speedup, share = result["seconds"], result["speedup"], result["attention_share"]
+    how = "estimated" if result["estimate"] else "measured"
+    steps = ", ".join(f"{count} {kind}" for kind, count in result["steps"].items() if count)
+    lines = (
+        f"{result['model']}, {result['size']}: {result['tokens']:,} tokens, {result['tflop']:.0f} TFLOP a pass, "
+        f"{result['parameters'] / 1e9:.1f} B parameters",
+        f"{how} for {result['hardware']} in {result['dtype']}, plan {result['plan']!r}",
+        f"one step    dense {seconds['dense']:.3g} s, plan {seconds['plan']:.3g} s: {speedup['step']:.2f}×",
+        f"attention   {share['dense']:.0%} of a dense step, {share['plan']:.0%} of a sparse one: "
+        f"{speedup['attention']:.2f}×",
+        f"a clip      dense {result['clip_seconds']['dense']:.4g} s, plan {result['clip_seconds']['plan']:.4g} s: "
+        f"{result['clip_speedup']:.2f}× ({steps} steps)",
+        f"rate        {result['tflops']['dense']:.4g} TFLOP/s dense",
+    )
+    for line in lines:
+        print(line)
+    if not result["estimate"]:
+        if result["layers_measured"] < result["layers"]:
+            print(f"layers      {result['layers_measured']} of {result['layers']} were measured; times are scaled")
+        if result["peak_gib"] is not None:
+            print(f"memory      {result['peak_gib']:.1f} GiB at most")
+
+
 @app.command("cache")
 def cache(
     output: Annotated[Path | None, typer.Option(help="The calibration, FILE.json.")] = None,
@@ -122,7 +186,7 @@ def cache(
 
     from pointillist.cli.generate import quieten
     from pointillist.cli.progress import show_progress
-    from pointillist.pipelines.generate import Event
+    from pointillist.pipelines.events import Step
     from pointillist.pipelines.load import load_pipeline
     from pointillist.pipelines.search import find_cache_curves, read_prompts
 
@@ -136,7 +200,7 @@ def cache(
     with show_progress(Console(stderr=True)) as show:
 
         def progress(phase: str, done: int, of: int) -> None:
-            show(Event(phase, done, of))
+            show(Step(phase, done, of))
 
         progress("loading the model", 0, 0)
         pipe = load_pipeline(model, dtype=getattr(torch, dtype) if dtype else None, device=device, download=download)

@@ -12,9 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 from pointillist.accel.patterns import PATTERNS
-from pointillist.cli.progress import show_progress
+from pointillist.cli.progress import show_progress, watch
 from pointillist.pipelines.embedded.vocabulary import KNOWN_WORDS, unknown_words
-from pointillist.pipelines.generate import GenerateRequest, GenerateResult, generate
+from pointillist.pipelines.engine import Engine
+from pointillist.pipelines.generate import GenerateRequest, GenerateResult
 
 
 def command(
@@ -78,8 +79,8 @@ def command(
     quieten()
     _hint_at_words(request)
     console = Console(stderr=True)
-    with show_progress(console) as progress:
-        result = generate(request, progress)
+    with Engine() as engine, show_progress(console) as show:
+        result = watch(engine.submit(request), show)
     if as_json:
         print(json.dumps(result.facts, allow_nan=False))
     else:

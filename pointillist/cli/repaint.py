@@ -8,9 +8,10 @@ import typer
 from rich.console import Console
 
 from pointillist.cli.generate import print_files, quieten
-from pointillist.cli.progress import show_progress
+from pointillist.cli.progress import show_progress, watch
+from pointillist.pipelines.engine import Engine
 from pointillist.pipelines.generate import GenerateResult
-from pointillist.pipelines.repaint import RepaintRequest, repaint
+from pointillist.pipelines.repaint import RepaintRequest
 
 
 def command(
@@ -38,8 +39,8 @@ def command(
         device=device, download=download,
     )  # fmt: skip
     quieten()
-    with show_progress(Console(stderr=True)) as progress:
-        result = repaint(request, progress)
+    with Engine() as engine, show_progress(Console(stderr=True)) as show:
+        result = watch(engine.submit(request), show)
     if as_json:
         print(json.dumps(result.facts, allow_nan=False))
     else:

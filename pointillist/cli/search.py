@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from pointillist.cli.progress import show_progress
-from pointillist.pipelines.generate import Event
+from pointillist.cli.generate import quieten
+from pointillist.cli.progress import show_progress, watch
+from pointillist.pipelines.engine import Engine
+from pointillist.pipelines.events import Step
+from pointillist.pipelines.search import SearchRequest
 
 if TYPE_CHECKING:
     from pointillist.search.find import Found
@@ -80,15 +83,14 @@ def search(
         load = {"device": device, "dtype": dtype, "download": download}
         _learn(output, folder or output.with_suffix(".search"), model, prompts, how, size, load, as_json)
         return
-    asked = {
-        "model": model, "hardware": hardware, "target_speedup": target_speedup, "min_psnr": min_psnr, "speed": speed,
-        "prompts": None if prompts is None else str(prompts.resolve()),
-        "held_out": None if held_out is None else str(held_out.resolve()),
-        "verify": verify, "stages": stages, "cache": cache, "steps": steps, "width": width, "height": height,
-        "frames": frames,
-        "device": device, "dtype": dtype, "download": download,
-    }  # fmt: skip
-    _run(asked, output, folder or output.with_suffix(".search"), _parsed(shard), as_json)
+    request = SearchRequest(
+        output, folder or output.with_suffix(".search"), model=model, hardware=hardware, target_speedup=target_speedup,
+        min_psnr=min_psnr, speed=speed, prompts=None if prompts is None else str(prompts.resolve()),
+        held_out=None if held_out is None else str(held_out.resolve()), verify=verify, stages=stages, cache=cache,
+        steps=steps, width=width, height=height, frames=frames, device=device, dtype=dtype, download=download,
+        shard=_parsed(shard),
+    )  # fmt: skip
+    _run(request, as_json)
 
 
 @app.command()
@@ -103,7 +105,8 @@ def merge(
     output, request = _checked(output), folder / "request.json"
     if not request.is_file():
         raise SearchError(f"{folder} holds no search; give the folder that --shard wrote to")
-    _run(json.loads(request.read_text(encoding="utf-8")), output, folder, None, as_json, merging=True)
+    asked = json.loads(request.read_text(encoding="utf-8"))
+    _run(SearchRequest(output, folder, merging=True, **asked), as_json)
 
 
 def _learn(
@@ -119,7 +122,6 @@ def _learn(
     """A cache table."""
     import torch
 
-    from pointillist.cli.generate import quieten
     from pointillist.pipelines.load import load_pipeline
     from pointillist.pipelines.search import find_cache_table, read_prompts
     from pointillist.search.cache_table import Learning
@@ -137,7 +139,7 @@ def _learn(
     with show_progress(Console(stderr=True)) as show:
 
         def progress(phase: str, done: int, of: int) -> None:
-            show(Event(phase, done, of))
+            show(Step(phase, done, of))
 
         progress("loading the model", 0, 0)
         pipe = load_pipeline(model, dtype=kind, device=load["device"], download=load["download"])
@@ -153,69 +155,16 @@ def _learn(
         print(f"{output}: {table.share:.0%} of the modules are reused\nuse it: --cache table:{output}")
 
 
-def _run(
-    asked: dict[str, Any],
-    output: Path,
-    folder: Path,
-    shard: tuple[int, int] | None,
-    as_json: bool,
-    merging: bool = False,
-) -> None:
-    import torch
-
-    from pointillist.cli.generate import quieten
-    from pointillist.hardware.profile import load_profile
-    from pointillist.pipelines.load import load_pipeline
-    from pointillist.pipelines.search import machine, prepare_search, read_prompts
-    from pointillist.search.profile import write
-    from pointillist.search.wish import Wish
-
-    wish = Wish(asked["target_speedup"], asked["min_psnr"], asked["speed"])
-    if asked["hardware"] != "auto":
-        load_profile(asked["hardware"])  # what is wrong is told before minutes are spent
-    if shard is not None:
-        _check_same(asked, folder / "request.json")
-    prompts, held_out = (read_prompts(Path(asked[k])) if asked[k] else None for k in ("prompts", "held_out"))
-    held_out = held_out if asked["verify"] else ()
-    kind = getattr(torch, asked["dtype"]) if asked["dtype"] else None
-    size = {"width": asked["width"], "height": asked["height"], "num_frames": asked["frames"]}
+def _run(request: SearchRequest, as_json: bool) -> None:
     quieten()
-    with show_progress(Console(stderr=True)) as show:
-
-        def progress(phase: str, step: int, steps: int) -> None:
-            show(Event(phase, step, steps))
-
-        progress("loading the model", 0, 0)
-        pipe = load_pipeline(asked["model"], dtype=kind, device=asked["device"], download=asked["download"])
-        search, verify = prepare_search(
-            pipe, folder, prompts, held_out, progress, asked["stages"], asked.get("cache", True),
-            num_inference_steps=asked["steps"], **size,
-        )  # fmt: skip
-        if shard is None:
-            profile, here = machine(asked["hardware"], search.study.dtype, pipe.device, progress)
-        if not merging:
-            search.measure(shard or (0, 1))
-            write(folder / "request.json", json.dumps(asked).encode())
-        if shard is None:
-            found = search.find(wish, output.stem, profile, verify, here)
-            found.record.save(found.plan, output)
-    if shard is not None:
-        print(json.dumps({"folder": str(folder)}) if as_json else f"shard {shard[0] + 1} of {shard[1]}: {folder}")
+    with Engine() as engine, show_progress(Console(stderr=True)) as show:
+        result = watch(engine.submit(request), show)
+    if result.found is None:
+        assert request.shard is not None
+        part = f"shard {request.shard[0] + 1} of {request.shard[1]}"
+        print(json.dumps({"folder": str(request.folder)}) if as_json else f"{part}: {request.folder}")
     else:
-        _tell(found, output, folder, as_json)
-
-
-def _check_same(asked: dict[str, Any], request: Path) -> None:
-    """All shards of a search are asked for alike. Raises ValueError."""
-    if not request.is_file():
-        return
-    before = json.loads(request.read_text(encoding="utf-8"))
-    for name, value in asked.items():
-        if before.get(name) != value:
-            raise ValueError(
-                f"{name} is {value!r}, but other shards in {request.parent} were measured with {before.get(name)!r}; "
-                "give all shards the same options, or another --folder"
-            )
+        _tell(result.found, request.output, request.folder, as_json)
 
 
 def _tell(found: "Found", output: Path, folder: Path, as_json: bool) -> None:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pointillist.accel.patterns import pattern_class
 from pointillist.accel.plan import Plan, PlanError, Rule
@@ -16,8 +16,12 @@ from pointillist.accel.regions.policy import Regions
 from pointillist.accel.schedule import Schedule
 from pointillist.accel.step_cache.policy import Caching
 from pointillist.accel.step_cache.table import CacheTable, is_table
+from pointillist.pipelines.events import Phase, Progress, Step, silent
 from pointillist.pipelines.kept import Kept, check_kept_file, save_kept
 from pointillist.pipelines.video import Clip, check_format, check_output, write_clips
+
+if TYPE_CHECKING:
+    from pointillist.pipelines.load import ModelError
 
 SPEEDS = ("exact", "quality", "balanced", "fast")
 DENSE_SHARE = 0.15
@@ -75,6 +79,8 @@ class GenerateRequest:
     device: str | None = None
     dtype: str | None = None
     download: bool = False
+    warm_up: bool = True
+    """Run one untimed step first, so that the times are those of any later run."""
 
     def __post_init__(self) -> None:
         if not self.prompt.strip():
@@ -142,16 +148,6 @@ class GenerateRequest:
 
 
 @dataclass(frozen=True)
-class Event:
-    """One piece of progress. `step` of `steps` counts within the phase; 0 of 0 where it has none."""
-
-    phase: str
-    step: int = 0
-    steps: int = 0
-    seconds_per_step: float | None = None
-
-
-@dataclass(frozen=True)
 class GenerateResult:
     """What was made. `facts` holds the JSON keys of the command line's contract."""
 
@@ -160,11 +156,12 @@ class GenerateResult:
     files: dict[str, Path] = field(default_factory=dict)
 
 
-Progress = Callable[[Event], None]
+Load = Callable[..., Any]
+"""Like `load_pipeline`."""
 
 
-def generate(request: GenerateRequest, progress: Progress = lambda event: None) -> GenerateResult:
-    """Carry out `request`; `progress` is called with every `Event`.
+def generate(request: GenerateRequest, progress: Progress = silent, load: Load | None = None) -> GenerateResult:
+    """Carry out `request`; `progress` is called with all that happens. Pipelines come from `load`, or `load_pipeline`.
 
     Raises:
         ValueError, AccelerateError, PlanError, ModelError, OutputError: one sentence on what was given and allowed.
@@ -172,19 +169,26 @@ def generate(request: GenerateRequest, progress: Progress = lambda event: None) 
     for path in [*request.files.values(), *filter(None, [request.keep])]:
         check_output(path)
     started = time.perf_counter()
-    progress(Event("loading the model"))
-    pipe, plan, call = prepare(request)
+    progress(Phase("loading the model"))
+    pipe, plan, call = prepare(request, load)
     seed = request.seed if request.seed is not None else secrets.randbelow(2**31)
     loaded = time.perf_counter() - started
 
-    dense = run_once(pipe, "none", call, seed, progress, "dense", request.dense) if request.compare else None
+    warm_up = request.warm_up
+    dense = (
+        run_once(pipe, "none", call, seed, progress, "dense", request.dense, warm_up=warm_up)
+        if request.compare
+        else None
+    )
     label = "accelerated" if request.compare else ""
     keep = request.keep is not None
-    fast = run_once(pipe, plan, call, seed, progress, label, request.dense, request.cache, request.regions, keep)
+    fast = run_once(
+        pipe, plan, call, seed, progress, label, request.dense, request.cache, request.regions, keep, warm_up
+    )
     facts = describe(request, call, seed, fast, dense)
     facts["load_seconds"] = round(loaded, 3)
 
-    progress(Event("writing"))
+    progress(Phase("writing"))
     kept = None
     if request.keep is not None:
         kept = Kept.of(fast)
@@ -205,7 +209,7 @@ def generate(request: GenerateRequest, progress: Progress = lambda event: None) 
     return GenerateResult(request.output, facts, request.files)
 
 
-def prepare(request: GenerateRequest) -> tuple[Any, Any, dict[str, Any]]:
+def prepare(request: GenerateRequest, load: Load | None = None) -> tuple[Any, Any, dict[str, Any]]:
     """The pipeline, the plan, and the arguments of its call; everything is checked here."""
     import torch
 
@@ -215,7 +219,7 @@ def prepare(request: GenerateRequest) -> tuple[Any, Any, dict[str, Any]]:
     if request.plan not in (None, "auto", "none"):
         Plan.load(request.plan)  # a bad file is told before a model is loaded
     dtype = getattr(torch, request.dtype) if request.dtype else None
-    pipe = load_pipeline(request.model, dtype=dtype, device=request.device, download=request.download)
+    pipe = (load or load_pipeline)(request.model, dtype=dtype, device=request.device, download=request.download)
     targets_of(pipe, sparse=request.plan != "none")
     chosen = {
         "height": request.height, "width": request.width, "num_frames": request.frames,
@@ -271,8 +275,9 @@ def run_once(
     cache: str = "auto",
     regions: str = "auto",
     keep: bool = False,
+    warm_up: bool = True,
 ) -> Run:
-    """Run under `plan`, after one untimed step that warms everything up.
+    """Run under `plan`, after one untimed step that warms everything up, if it should.
 
     Raises:
         ModelError: the model made values that are not finite.
@@ -282,10 +287,13 @@ def run_once(
     from pointillist.accel.conflicts import targets_of
 
     prefix = f"{label}: " if label else ""
+    if not warm_up:
+        with accelerate(pipe, plan, cache=cache, regions=regions, dense=dense) as handle:
+            return run_accelerated(pipe, handle, call, seed, progress, prefix, keep)
     chosen = choose_plan(plan, targets_of(pipe, sparse=plan != "none")).plan
     once = "none" if chosen is None else replace(chosen, schedule=Schedule(), cache=None, regions=None)
     with accelerate(pipe, once, dense=dense):
-        progress(Event(f"{prefix}warming up"))
+        progress(Phase(f"{prefix}warming up"))
         pipe(**{**call, "num_inference_steps": 1, "output_type": "latent"}, generator=_generator(seed))
     with accelerate(pipe, plan, cache=cache, regions=regions, dense=dense) as handle:
         return run_accelerated(pipe, handle, call, seed, progress, prefix, keep)
@@ -305,26 +313,46 @@ def run_accelerated(
     import numpy as np
     import torch
 
-    from pointillist.pipelines.load import ModelError
+    from pointillist.pipelines.latent_preview import clean, look
 
     steps, started = call["num_inference_steps"], time.perf_counter()
     velocities: list[Any] = []
-    progress(Event(f"{prefix}denoising", 0, steps))
+    latest: list[Any] = [None]
+    progress(Step(f"{prefix}denoising", 0, steps))
 
     def after_step(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        progress(Event(f"{prefix}denoising", step + 1, steps, (time.perf_counter() - started) / (step + 1)))
+        latents = tensors["latents"]
+        if not torch.isfinite(latents).all():
+            raise _not_finite(pipe, f" in step {step + 1} of {steps}")
+
+        def see() -> np.ndarray | None:
+            noise = handle.sigmas[step + 1] if step + 1 < steps else 0.0
+            return look(pipe, clean(latents, latest[0], noise, pipe.scheduler))
+
+        progress(Step(f"{prefix}denoising", step + 1, steps, (time.perf_counter() - started) / (step + 1), see))
         if step + 1 == steps:
-            progress(Event(f"{prefix}decoding"))
+            progress(Phase(f"{prefix}decoding"))
         return tensors
 
-    if keep:
-        handle.watch_velocities(lambda velocity: velocities.append(velocity.to("cpu", copy=True)))
+    def seen(velocity: Any) -> None:
+        latest[0] = velocity
+        if keep:
+            velocities.append(velocity.to("cpu", copy=True))
+
+    handle.watch_velocities(seen)
     with torch.no_grad():
         result = pipe(**call, generator=_generator(seed), output_type="np", callback_on_step_end=after_step)
     frames, seconds = result.frames[0], time.perf_counter() - started
     if not np.isfinite(frames).all():
-        raise ModelError(f"the model made values that are not finite in {pipe.transformer.dtype}; try another --dtype")
+        raise _not_finite(pipe)
     return Run(frames, seconds, handle.report(), tuple(velocities), handle.sigmas)
+
+
+def _not_finite(pipe: Any, where: str = "") -> ModelError:
+    from pointillist.pipelines.load import ModelError
+
+    dtype = str(pipe.transformer.dtype).removeprefix("torch.")
+    return ModelError(f"the model made values that are not finite{where}, in {dtype}; try another --dtype")
 
 
 def describe(request: GenerateRequest, call: dict[str, Any], seed: int, fast: Run, dense: Run | None) -> dict[str, Any]:
@@ -338,6 +366,11 @@ def describe(request: GenerateRequest, call: dict[str, Any], seed: int, fast: Ru
         "dense_backend": report.dense_backend, "dense_reason": report.dense_reason,
         "seconds": _seconds(fast), "density": report.density, "density_overall": report.density_overall,
         "steps_run": report.steps, "kinds": list(report.kinds), "cache": report.cache or "none",
+        "grid": list(report.grid), "heads": report.heads, "sigmas": list(fast.sigmas),
+        "step_seconds": list(report.step_seconds),
+        "call_ms": {
+            site: {kind: 1e3 * each for kind, each in kinds.items()} for site, kinds in report.call_seconds.items()
+        },
         "fallbacks": list(report.fallbacks),
         "request": {name: getattr(request, name) for name in ASKED},
     }  # fmt: skip

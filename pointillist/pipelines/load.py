@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pointillist.accel.models import wan
+from pointillist.accel.models.wan import Wan
 from pointillist.pipelines.embedded import EMBEDDED_FOLDER
 
 
@@ -32,6 +32,18 @@ def load_pipeline(
 
     device = _checked_device(device)
     dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
+    source = source_of(name)
+    try:
+        pipe = DiffusionPipeline.from_pretrained(str(source), torch_dtype=dtype, local_files_only=not download)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # what a broken folder raises
+        hint = "" if isinstance(source, Path) or download else "; if it is a Hub id, add --download to fetch it"
+        raise ModelError(f"the model {name!r} cannot be loaded: {str(error).partition(chr(10))[0]}{hint}") from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+def source_of(name: str) -> Path | str:
+    """The folder of a model, or its Hub id. Raises ModelError for what is neither."""
     source = EMBEDDED_FOLDER if name == "embedded" else Path(name)
     if not source.is_dir():
         if name == "embedded" or name.startswith((".", "/")) or name.count("/") != 1:
@@ -39,17 +51,10 @@ def load_pipeline(
                 f'there is no model {name!r}; allowed are "embedded", a Diffusers folder, or a Hub id such as '
                 "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
             )
-    elif not (source / "model_index.json").is_file():
+        return name
+    if not (source / "model_index.json").is_file():
         raise ModelError(f"the folder {name!r} has no model_index.json, so it is no Diffusers pipeline")
-    try:
-        pipe = DiffusionPipeline.from_pretrained(
-            str(source) if source.is_dir() else name, torch_dtype=dtype, local_files_only=not download
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # what a broken folder raises
-        hint = "" if source.is_dir() or download else "; if it is a Hub id, add --download to fetch it"
-        raise ModelError(f"the model {name!r} cannot be loaded: {str(error).partition(chr(10))[0]}{hint}") from error
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
+    return source
 
 
 def _checked_device(device: str | None) -> str:
@@ -69,7 +74,7 @@ def _checked_device(device: str | None) -> str:
 def is_embedded(pipe: Any) -> bool:
     """Whether `pipe` has the architecture of the model that ships with the package, from wherever it was loaded."""
     transformer: Any = getattr(pipe, "transformer", None)
-    if not wan.is_member(transformer):
+    if not Wan().is_member(transformer):
         return False
     shipped = json.loads((EMBEDDED_FOLDER / "transformer" / "config.json").read_text(encoding="utf-8"))
     here = json.loads(transformer.to_json_string())  # so that tuples are lists here too

@@ -1,10 +1,12 @@
 """Masks: which pixels of a clip may change, which tokens that concerns, and how their edge fades."""
 
+import io
 import re
 from pathlib import Path
 
 import numpy as np
 
+from pointillist.files import write_whole
 from pointillist.pipelines.video import OutputError, read_clip
 
 RECTANGLE = re.compile(r"(\d+),(\d+),(\d+),(\d+)(?:,(\d+)-(\d+))?")
@@ -30,6 +32,18 @@ def read_mask(text: str, frames: int, height: int, width: int) -> np.ndarray:
     if mask.all():
         raise ValueError(f"the mask {text!r} is the whole clip; generate it anew with `pointillist generate`")
     return mask
+
+
+def save_mask(mask: np.ndarray, path: Path) -> None:
+    """A bool mask [height, width] of all frames as a picture that `read_mask` reads. Raises OutputError."""
+    from PIL import Image
+
+    data = io.BytesIO()
+    Image.fromarray(np.where(mask, 255, 0).astype(np.uint8)).save(data, "PNG")
+    try:
+        write_whole(path, data.getvalue())
+    except OSError as error:
+        raise OutputError(f"the mask {str(path)!r} cannot be written: {error.strerror or error}") from error
 
 
 def tokens_touched(mask: np.ndarray, grid: tuple[int, int, int]) -> np.ndarray:

@@ -22,12 +22,12 @@ from pointillist.accel.plan import Plan
 from pointillist.accel.regions.policy import Regions
 from pointillist.accel.schedule import Schedule
 from pointillist.metrics import psnr
+from pointillist.pipelines.again import facts_of, request_of
+from pointillist.pipelines.events import Phase, Progress, silent
 from pointillist.pipelines.generate import (
-    ASKED,
-    Event,
     GenerateRequest,
     GenerateResult,
-    Progress,
+    Load,
     prepare,
     rounded,
     run_accelerated,
@@ -41,7 +41,6 @@ from pointillist.pipelines.video import (
     check_format,
     check_output,
     read_clip,
-    read_settings,
     write_clips,
 )
 
@@ -88,22 +87,22 @@ class RepaintRequest:
         check_format(self.output, fps=1)
 
 
-def repaint(request: RepaintRequest, progress: Progress = lambda event: None) -> GenerateResult:
-    """Carry out `request`; `progress` is called with every `Event`.
+def repaint(request: RepaintRequest, progress: Progress = silent, load: Load | None = None) -> GenerateResult:
+    """Carry out `request`; `progress` is called with all that happens. Pipelines come from `load`, or `load_pipeline`.
 
     Raises:
         ValueError, AccelerateError, ModelError, OutputError: one sentence on what was given and allowed.
     """
     for path in filter(None, (request.output, request.keep)):
         check_output(path)
-    facts = _facts_of(request.clip)
-    original = _original(request, facts)
+    facts = facts_of(request.clip)
+    original = request_of(request.clip, facts, request.device, request.download)
     mask = read_mask(request.mask, facts["frames"], facts["height"], facts["width"])
     kept, notes = _kept(request, facts), []
 
-    progress(Event("loading the model"))
+    progress(Phase("loading the model"))
     started = time.perf_counter()
-    pipe, plan, call = prepare(original if kept is None else _dense(original))
+    pipe, plan, call = prepare(original if kept is None else _dense(original), load)
     loaded, started = time.perf_counter() - started, time.perf_counter()
     source, again = "kept", 0.0
     if kept is None:
@@ -129,6 +128,7 @@ def repaint(request: RepaintRequest, progress: Progress = lambda event: None) ->
         "area": float(mask.mean()), "tokens_masked": int(work.inside.sum()),
         "tokens_computed": work.tokens_computed, "computed": work.tokens_computed / (work.inside.size * facts["steps"]),
         "steps_run": {kind: work.kinds.count(kind) for kind in ("kept", "all", "masked")}, "kinds": list(work.kinds),
+        "grid": list(work.inside.shape), "step_seconds": list(run.report.step_seconds),
         "source": source, "load_seconds": loaded,
         "seconds": {
             "total": time.perf_counter() - started, "again": again, "denoise": run.report.denoise_seconds or 0.0,
@@ -137,7 +137,7 @@ def repaint(request: RepaintRequest, progress: Progress = lambda event: None) ->
         "psnr_outside": psnr(before[~mask], frames[~mask]), "psnr_inside": psnr(before[mask], frames[mask]),
         "fallbacks": [*notes, *run.report.fallbacks],
     }  # fmt: skip
-    progress(Event("writing"))
+    progress(Phase("writing"))
     to_keep = Kept.of(run, frames) if request.keep is not None else None
     if request.keep is not None and to_keep is not None:
         new |= {"kept": str(request.keep.absolute()), "kept_bytes": to_keep.nbytes}
@@ -168,21 +168,18 @@ class _Work:
 
         latents = kept.velocities[0]
         family = family_of(pipe.transformer)
-        if latents.ndim != 5 or family is None or not hasattr(family, "take_rows"):
+        if latents.ndim != 5 or family is None or not family.can_take_rows:
             raise ValueError(f"a {type(pipe).__name__} cannot be repainted; pipelines of the family Wan can")
-        grid = family.grid(pipe.transformer, latents)
-        steps = len(kept.sigmas)
-        redone = max(1, math.ceil(request.strength * steps - 1e-9))
-        again = ("masked" if step % request.refresh else "all" for step in range(redone))
-        patch = tuple(length // count for length, count in zip(latents.shape[2:], grid, strict=True))
-        kinds = (*["kept"] * (steps - redone), *again)
+        grid = family.tokens(pipe.transformer, {"hidden_states": latents}).grid
+        each = (length // count for length, count in zip(latents.shape[2:], grid, strict=True))
+        patch = (next(each), next(each), next(each))
+        kinds = _kinds(request, len(kept.sigmas))
         return cls(kept, tokens_touched(mask, grid), patch, kinds, request.refresh, request.keep is not None)
 
     @property
     def tokens_computed(self) -> int:
         """By one guidance branch in all steps."""
-        each = {"kept": 0, "all": self.inside.size, "masked": int(self.inside.sum())}
-        return sum(each[kind] for kind in self.kinds)
+        return _tokens_computed(self.kinds, self.inside)
 
     def run(self, pipe: Any, call: dict[str, Any], seed: int, progress: Progress) -> Any:
         """The pipeline's `Run` with these tokens alone."""
@@ -223,15 +220,54 @@ class _Work:
         return answer
 
 
-def _facts_of(clip: Path) -> dict[str, Any]:
-    """Raises OutputError for a clip that does not say how it was made."""
-    if not clip.is_file():
-        raise OutputError(f"there is no file {str(clip)!r}")
-    facts = read_settings(clip)
-    missing = [name for name in (*SETTINGS, "fps") if name not in facts] if isinstance(facts, dict) else ["all"]
-    if missing:
-        raise OutputError(f"{str(clip)!r} lacks settings ({', '.join(missing)}); repaint needs a clip of `generate`")
-    return facts
+@dataclass(frozen=True)
+class Prediction:
+    """What a repaint will cost."""
+
+    area: float
+    """The share of the pixels that may change."""
+    computed: float
+    """Tokens that are computed, as a share of those of a whole generation."""
+    seconds: float
+    """Without loading the model; from the times of the clip itself."""
+    again: float
+    """Of them, to generate the clip again, because nothing was kept of it."""
+
+
+def predict(request: RepaintRequest) -> Prediction:
+    """What `repaint` will cost, without a model: a step of all tokens takes as long as a dense one of the clip, others
+    in proportion to their tokens.
+
+    Raises:
+        ValueError, OutputError: one sentence on what was given and allowed.
+    """
+    facts = facts_of(request.clip)
+    mask = read_mask(request.mask, facts["frames"], facts["height"], facts["width"])
+    try:
+        inside = tokens_touched(mask, tuple(facts["grid"]))
+        timed = zip(facts["kinds"], facts["step_seconds"], strict=True)
+        dense = [seconds for kind, seconds in timed if kind in ("dense", "all")] or list(facts["step_seconds"])
+        around = facts["seconds"]["total"] - facts["seconds"]["denoise"] - facts["seconds"].get("again", 0.0)
+        again = 0.0 if _kept(request, facts) is not None else facts["seconds"]["total"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise OutputError(
+            f"{str(request.clip)!r} does not say how long its steps took; clips of this version of generate do"
+        ) from error
+    computed = _tokens_computed(_kinds(request, facts["steps"]), inside) / (inside.size * facts["steps"])
+    seconds = computed * facts["steps"] * float(np.median(dense)) + around + again
+    return Prediction(float(mask.mean()), computed, seconds, again)
+
+
+def _kinds(request: RepaintRequest, steps: int) -> tuple[str, ...]:
+    """Of every step: `kept`, `all` or `masked`."""
+    redone = max(1, math.ceil(request.strength * steps - 1e-9))
+    again = ("masked" if step % request.refresh else "all" for step in range(redone))
+    return (*["kept"] * (steps - redone), *again)
+
+
+def _tokens_computed(kinds: tuple[str, ...], inside: np.ndarray) -> int:
+    each = {"kept": 0, "all": inside.size, "masked": int(inside.sum())}
+    return sum(each[kind] for kind in kinds)
 
 
 def _differing(clip: Path, kept: Kept) -> list[str]:
@@ -241,19 +277,6 @@ def _differing(clip: Path, kept: Kept) -> list[str]:
         return []
     likeness = psnr(shown, kept.pixels / 255)
     return [f"the clip came out differently now: {likeness:.1f} dB from the file"] if likeness < ALIKE else []
-
-
-def _original(request: RepaintRequest, facts: dict[str, Any]) -> GenerateRequest:
-    """The request that made the clip. Raises OutputError if it is none."""
-    try:
-        given = {name: value for name in ASKED if (value := facts["request"].get(name)) is not None}
-        return GenerateRequest(
-            **{**given, "options": tuple(given.get("options", ())), "device": request.device or given.get("device")},
-            **{name: facts[name] for name in SETTINGS if name != "request"},
-            fps=facts["fps"], download=request.download,
-        )  # fmt: skip
-    except (TypeError, AttributeError, ValueError) as error:
-        raise OutputError(f"the settings in {str(request.clip)!r} are none of `generate`: {error}") from error
 
 
 def _dense(original: GenerateRequest) -> GenerateRequest:

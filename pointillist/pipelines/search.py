@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import tempfile
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from pointillist.pipelines import events
 
 if TYPE_CHECKING:
     from pointillist.accel.step_cache.calibration import Calibration
     from pointillist.accel.step_cache.table import CacheTable
-    from pointillist.search.find import Found, Search
+    from pointillist.search.find import Curve, Found, Search
     from pointillist.search.study import Study
 
 EMBEDDED_PROMPTS = (
@@ -37,6 +41,120 @@ MOST_PROMPTS = 64
 """Each prompt to calibrate on costs two to three dense clips; more change nothing."""
 
 Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class SearchRequest:
+    """What plan to search. None means the model's default."""
+
+    output: Path
+    """The plan, FILE.safetensors."""
+    folder: Path
+    """For what is measured; what is there already is not measured again."""
+    model: str = "embedded"
+    hardware: str = "auto"
+    target_speedup: float | None = None
+    min_psnr: float | None = None
+    speed: str = "balanced"
+    prompts: str | None = None
+    """A text file to calibrate on, a prompt in each line."""
+    held_out: str | None = None
+    """Likewise, to run plans on."""
+    verify: bool = True
+    stages: bool = False
+    cache: bool = True
+    steps: int | None = None
+    width: int | None = None
+    height: int | None = None
+    frames: int | None = None
+    device: str | None = None
+    dtype: str | None = None
+    download: bool = False
+    shard: tuple[int, int] | None = None
+    """Measure only part i of n, counted from 0, and make no plan."""
+    merging: bool = False
+    """Measure nothing: other processes have."""
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """What all shards have in common."""
+        values = asdict(self)
+        return {name: values[name] for name in values if name not in ("output", "folder", "shard", "merging")}
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What was found; None if only a shard was measured."""
+
+    found: Found | None
+    output: Path
+
+
+def search(
+    request: SearchRequest, progress: events.Progress = events.silent, load: Callable[..., Any] | None = None
+) -> SearchResult:
+    """Carry out `request`; `progress` is called with all that happens. Pipelines come from `load`, or `load_pipeline`.
+
+    Raises:
+        SearchError, ValueError, ModelError, AccelerateError: one sentence on what was given and allowed.
+    """
+    import torch
+
+    from pointillist.hardware.profile import load_profile
+    from pointillist.pipelines.load import load_pipeline
+    from pointillist.pipelines.points import write_points
+    from pointillist.search.profile import write
+    from pointillist.search.wish import Wish
+
+    wish = Wish(request.target_speedup, request.min_psnr, request.speed)
+    if request.hardware != "auto":
+        load_profile(request.hardware)  # what is wrong is told before minutes are spent
+    if request.shard is not None:
+        _check_same(request.asked, request.folder / "request.json")
+    prompts = None if request.prompts is None else read_prompts(Path(request.prompts))
+    held_out = None if request.held_out is None else read_prompts(Path(request.held_out))
+    kind = getattr(torch, request.dtype) if request.dtype else None
+    size = {"width": request.width, "height": request.height, "num_frames": request.frames}
+
+    def tell(phase: str, step: int, steps: int) -> None:
+        progress(events.Step(phase, step, steps))
+
+    progress(events.Phase("loading the model"))
+    pipe = (load or load_pipeline)(request.model, dtype=kind, device=request.device, download=request.download)
+    found, verify = prepare_search(
+        pipe, request.folder, prompts, held_out if request.verify else (), tell, request.stages, request.cache,
+        num_inference_steps=request.steps, **size,
+    )  # fmt: skip
+    if request.shard is None:
+        profile, here = machine(request.hardware, found.study.dtype, pipe.device, tell)
+    if not request.merging:
+        request.folder.mkdir(parents=True, exist_ok=True)
+        write(request.folder / "request.json", json.dumps(request.asked).encode())
+        found.measure(request.shard or (0, 1))
+    if request.shard is not None:
+        return SearchResult(None, request.output)
+
+    def keep(curve: Curve) -> None:
+        write_points(request.folder, curve)
+        progress(events.Phase(f"the curve has {len(curve)} points"))
+
+    plan = found.find(wish, request.output.stem, profile, verify, here, keep)
+    write_points(request.folder, tuple(zip(plan.record.points, plan.plans, strict=True)))
+    plan.record.save(plan.plan, request.output)
+    return SearchResult(plan, request.output)
+
+
+def _check_same(asked: dict[str, Any], request: Path) -> None:
+    """All shards of a search are asked for alike. Raises ValueError."""
+    if not request.is_file():
+        return
+    before = json.loads(request.read_text(encoding="utf-8"))
+    for name, value in asked.items():
+        if before.get(name) != value:
+            raise ValueError(
+                f"{name} is {value!r}, but other shards in {request.parent} were measured with {before.get(name)!r}; "
+                "give all shards the same options, or another --folder"
+            )
 
 
 def find_plan(
@@ -204,6 +322,11 @@ def study_of(pipe: Any, prompts: tuple[str, ...], **call: Any) -> Study:
     sites = target.family.sites(target.transformer)
     if not sites:
         raise SearchError(f"{target.name} has no self-attention that could be sparse; there is nothing to search")
+    if target.family.TEXT != "none":
+        raise SearchError(
+            f"{target.name} is of the family {target.family.NAME}, whose self-attention has text beside the video; the "
+            "search measures the video alone and cannot search it yet: accelerate(pipe) takes the family's preset"
+        )
     call = {**defaults(pipe), **{key: value for key, value in call.items() if value is not None}}
     check_size(pipe, call["width"], call["height"], call["num_frames"])
     steps, heads = call["num_inference_steps"], target.family.heads(target.transformer)
@@ -213,7 +336,7 @@ def study_of(pipe: Any, prompts: tuple[str, ...], **call: Any) -> Study:
         model=target.family.fingerprint(target.transformer),
         layers=len(sites),
         heads=heads,
-        head_dim=target.family.output_weight(sites[0][1]).shape[1] // heads,
+        head_dim=target.family.output_weight(*sites[0]).shape[1] // heads,
         prompts=prompts,
         call=call,
         rules=candidates(),

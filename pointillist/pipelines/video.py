@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import struct
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -18,6 +20,8 @@ GIF_FPS = 50
 """The most that players show."""
 STRIP_FRAMES = 8
 """Frames in a PNG strip, evenly spaced."""
+MOST_SETTINGS = 2**20
+"""Bytes of them that are read."""
 
 
 class OutputError(OSError):
@@ -80,6 +84,29 @@ def write_clips(clips: dict[Path, Clip], fps: int) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def remember_settings(source: Path, target: Path, settings: dict[str, Any]) -> None:
+    """Write an MP4 as it is, with settings in its metadata, whole or not at all. Raises OutputError."""
+    import imageio_ffmpeg
+
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.stem}.", suffix=".mp4")
+    os.close(handle)
+    temporary = Path(name)
+    command = [
+        imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", "-i", str(source), "-map", "0:v", "-c", "copy",
+        "-metadata", f"comment={json.dumps(settings, allow_nan=False)}", "-movflags", "+faststart", str(temporary),
+    ]  # fmt: skip
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise OSError(done.stderr.strip()[:200])
+        temporary.chmod(0o666 & ~_umask())
+        os.replace(temporary, target)
+    except OSError as error:
+        raise OutputError(f"{str(target)!r} cannot be written: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def read_clip(path: Path) -> np.ndarray:
     """Frames of a file as float64 [F, H, W, 3] in [0, 1]."""
     import imageio.v3 as iio
@@ -97,6 +124,22 @@ def read_clip(path: Path) -> np.ndarray:
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise OutputError(f"{str(path)!r} cannot be read as a clip: {reason}") from error
     return np.atleast_3d(pixels).reshape(-1, *pixels.shape[-3:]) / 255
+
+
+def read_frames(path: Path, numbers: Sequence[int]) -> np.ndarray:
+    """Some frames of a file, ascending, as uint8 [n, H, W, 3]; others take no memory. Raises OutputError."""
+    import imageio.v3 as iio
+
+    if path.suffix.lower() != ".mp4":
+        return to_pixels(read_clip(path)[list(numbers)])
+    wanted = set(numbers)
+    try:
+        found = [frame for number, frame in enumerate(iio.imiter(path, plugin="FFMPEG")) if number in wanted]
+    except (OSError, ValueError, RuntimeError) as error:
+        raise OutputError(f"{str(path)!r} cannot be read as a clip: {str(error).partition(chr(10))[0]}") from error
+    if len(found) != len(wanted):
+        raise OutputError(f"{str(path)!r} has fewer frames than {max(wanted) + 1}")
+    return np.stack(found)
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -167,22 +210,36 @@ def _write_strip(path: Path, pixels: np.ndarray, fps: int, comment: str) -> None
 
 
 def _mp4_comment(path: Path) -> str:
-    import imageio_ffmpeg
+    """The comment among the file's tags, or "". Nothing is decoded, and no other program reads the file."""
+    with path.open("rb") as file:
+        begin, end = 0, path.stat().st_size
+        for name in (b"moov", b"udta", b"meta", b"ilst", b"\xa9cmt", b"data"):
+            found = _box(file, name, begin, end)
+            if found is None:
+                return ""
+            begin, end = found
+            begin += 4 if name == b"meta" else 0  # its version and flags
+        if end - begin > MOST_SETTINGS:
+            return ""
+        file.seek(begin + 8)  # behind the kind and the locale
+        return file.read(max(0, end - begin - 8)).decode("utf-8", "replace")
 
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", str(path), "-f", "ffmetadata", "-"]
-    text = subprocess.run(command, capture_output=True, text=True, check=False).stdout
-    unescaped = text.replace("\\\n", "\n")
-    for line in unescaped.splitlines():
-        if line.startswith("comment="):
-            value = line.removeprefix("comment=")
-            return "".join(_unescape(value))
-    return ""
 
-
-def _unescape(value: str):
-    characters = iter(value)
-    for character in characters:
-        yield next(characters, "") if character == "\\" else character
+def _box(file: BinaryIO, name: bytes, begin: int, end: int) -> tuple[int, int] | None:
+    """Where the contents of the first box of this name begin and end, between two places of a file."""
+    while begin + 8 <= end:
+        file.seek(begin)
+        size, kind = struct.unpack(">I4s", file.read(8))
+        header = 8
+        if size == 1:
+            size, header = struct.unpack(">Q", file.read(8))[0], 16
+        size = end - begin if size == 0 else size
+        if size < header or begin + size > end:
+            return None
+        if kind == name:
+            return begin + header, begin + size
+        begin += size
+    return None
 
 
 def _umask() -> int:

@@ -395,8 +395,9 @@ class _Trajectory:
         """In place of a transformer's forward pass."""
 
         def call(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            latents, timestep = target.family.inputs(args, kwargs)
-            self._state.enter(target.name, timestep, target.family.grid(target.transformer, latents))
+            call = target.family.named(target.transformer, args, kwargs)
+            tokens = target.family.tokens(target.transformer, call)
+            self._state.enter(target.name, target.family.timestep(call), tokens)
             try:
                 out = self._both(lambda: original(*args, **kwargs)[0])
             finally:

@@ -62,6 +62,12 @@ class Found:
 
     plan: Plan
     record: SearchRecord
+    plans: tuple[Plan, ...] = ()
+    """That of every point of the record."""
+
+
+Curve = tuple[tuple[Point, Plan], ...]
+"""Points of a Pareto curve with their plans, from the slowest to the fastest."""
 
 
 class Search:
@@ -107,12 +113,21 @@ class Search:
                     else:
                         record(self.pipe, self.study, job, path, told)
 
-    def find(self, wish: Wish, name: str, hardware: HardwareProfile, held_out: tuple[str, ...], here: bool) -> Found:
+    def find(
+        self,
+        wish: Wish,
+        name: str,
+        hardware: HardwareProfile,
+        held_out: tuple[str, ...],
+        here: bool,
+        told: Callable[[Curve], None] = lambda curve: None,
+    ) -> Found:
         """The plan, from all that was recorded.
 
         Args:
             held_out: prompts to run plans on; if there are none, predictions must do.
             here: `hardware` is this machine, so measured times count.
+            told: of the curve as it is known so far: when it is predicted, and when another plan was run.
 
         Raises:
             SearchError: parts are missing, or no plan can do what is wished; says what can be had.
@@ -123,10 +138,19 @@ class Search:
                 runs.dense_times()
             start, before = time.perf_counter(), sum(self.bill().values())
             choices = self.choices(hardware, runs if here else None)
-            chosen, tries = meet(wish, choices, runs.of(choices, hardware.name) if held_out else None, here)
+            sketch = _Sketch(choices, _curve(choices), name, hardware.name, here)
+            told(sketch.curve([]))
+            run, known = runs.of(choices, hardware.name), []
+
+            def run_and_tell(choice: Choice) -> Measured:
+                known.append(Try(choice, run(choice)))
+                told(sketch.curve(known))
+                return known[-1].measured
+
+            chosen, tries = meet(wish, choices, run_and_tell if held_out else None, here)
             clips = sum(self.bill().values()) - before
             self._charge("cost model and choosing", time.perf_counter() - start - clips)
-            return self._found(choices, chosen, tries, wish, name, hardware, runs, here)
+            return self._found(sketch, chosen, tries, wish, hardware, runs, here)
 
     def _measure_buckets(self, playback: Playback | None, told: Callable[[str], Callable[[int], None]]) -> None:
         if playback is None:
@@ -176,29 +200,17 @@ class Search:
 
     def _found(
         self,
-        choices: Choices,
+        sketch: "_Sketch",
         chosen: Choice,
         tries: list[Try],
         wish: Wish,
-        name: str,
         hardware: HardwareProfile,
         runs: "Runs",
         here: bool,
     ) -> Found:
-        more = correction(tries)
-        measured = next((each.measured for each in tries if each.choice is chosen), None)
-        plan = choices.plan(chosen, name, hardware.name)
-        predicted = {**plan.predicted, "psnr": round(chosen.psnr + more, 3)}
-        plan = replace(plan, predicted=predicted, min_tokens=choices.crossover(plan))
-        if measured is not None:
-            times = {"speedup": measured.speedup, "attention_speedup": measured.attention_speedup} if here else {}
-            figures = {**times, "psnr": measured.psnr, "ssim": measured.ssim, "density": measured.density}
-            plan = replace(plan, measured={key: round(value, 4) for key, value in figures.items()})
-        others = [each for each in _curve(choices) if not any(each.same_as(one.choice) for one in tries)]
-        points = [_point(each, None, more, here, each.same_as(chosen)) for each in others]
-        points += [_point(each.choice, each.measured, more, here, each.choice is chosen) for each in tries]
-        if measured is None and not any(point.chosen for point in points):
-            points.append(_point(chosen, None, more, here, True))
+        choices = sketch.choices
+        points, plans = zip(*sketch.curve(tries, chosen), strict=True)
+        plan = next(plan for point, plan in zip(points, plans, strict=True) if point.chosen)
         settings = {
             "model": self.study.model, "prompts": len(self.study.prompts), "held-out prompts": len(runs.prompts),
             "steps": self.study.steps, "dense steps": self.study.dense_steps, "then dense every": chosen.every,
@@ -209,9 +221,9 @@ class Search:
             "torch": torch.__version__, "python": platform.python_version(),
         }  # fmt: skip
         weights = np.stack([choices.weights[list(stage)].sum(0) for stage in choices.stages])
-        return Found(plan, SearchRecord(
+        return Found(plan, plans=plans, record=SearchRecord(
             settings=settings,
-            points=tuple(sorted(points, key=lambda point: point.predicted_speedup)),
+            points=points,
             seconds={**self.bill(), **({"dense clip": round(sum(astuple(choices.dense)), 2)} if here else {})},
             boundaries=tuple(choices.share_before(edge) for edge in (0, *choices.edges[1:])),
             errors=choices.head_errors(chosen).astype(np.float32),
@@ -263,6 +275,38 @@ class Search:
             return lambda step: self.progress(prefix + name, step, self.study.steps)
 
         return phase
+
+
+@dataclass(frozen=True)
+class _Sketch:
+    """The Pareto curve as far as it is known."""
+
+    choices: Choices
+    predicted: list[Choice]
+    name: str
+    """Of the plans."""
+    hardware: str
+    here: bool
+
+    def curve(self, tries: list[Try], chosen: Choice | None = None) -> Curve:
+        """Its points and plans. `tries` were run, and correct the predictions of all."""
+        more = correction(tries)
+        untried = [each for each in self.predicted if not any(each.same_as(one.choice) for one in tries)]
+        if chosen is not None and not any(one.choice is chosen for one in tries):
+            untried = [each for each in untried if not each.same_as(chosen)] + [chosen]
+        found = [self._of(each, None, more, each is chosen) for each in untried]
+        found += [self._of(one.choice, one.measured, more, one.choice is chosen) for one in tries]
+        return tuple(sorted(found, key=lambda each: each[0].predicted_speedup))
+
+    def _of(self, choice: Choice, measured: Measured | None, more: float, chosen: bool) -> tuple[Point, Plan]:
+        plan = self.choices.plan(choice, self.name, self.hardware)
+        predicted = {**plan.predicted, "psnr": round(choice.psnr + more, 3)}
+        plan = replace(plan, predicted=predicted, min_tokens=self.choices.crossover(plan))
+        if measured is not None:
+            times = {"speedup": measured.speedup, "attention_speedup": measured.attention_speedup} if self.here else {}
+            figures = {**times, "psnr": measured.psnr, "ssim": measured.ssim, "density": measured.density}
+            plan = replace(plan, measured={key: round(value, 4) for key, value in figures.items()})
+        return _point(choice, measured, more, self.here, chosen), plan
 
 
 class Runs:

@@ -99,9 +99,11 @@ def record(pipe: Any, study: Study, each: Pass, path: Path, told: Callable[[str]
 def output_weights(pipe: Any) -> dict[str, tuple[int, torch.Tensor]]:
     """Of every site, by its name: the layer, and the output projection [C, H·D]."""
     return {
-        f"{target.name}.{target.family.site_name(layer)}": (layer, target.family.output_weight(attention))
+        f"{target.name}.{path}": (layer, target.family.output_weight(block, attention))
         for target in targets_of(pipe)
-        for layer, (_, attention) in enumerate(target.family.sites(target.transformer))
+        for layer, (path, (block, attention)) in enumerate(
+            zip(target.family.site_names(target.transformer), target.family.sites(target.transformer), strict=True)
+        )
     }
 
 
@@ -196,10 +198,15 @@ class Recorder:
         write(path, to_safetensors(tensors, {"about": json.dumps(about)}))
 
 
-def attention_map(call: Call) -> torch.Tensor:
-    """float32 [H, cells, cells]: the softmax mass between runs of tokens of the first batch entry; rows sum to 1."""
-    blocks = blocks_in("thw", call.grid, -(-math.prod(call.grid) // MAP_CELLS), call.device)
-    masses = exact_masses(call, blocks)[0].float().cpu()
+def attention_map(call: Call, cells: int = MAP_CELLS, rows: int = 0) -> torch.Tensor:
+    """float32 [H, cells, cells]: the softmax mass between runs of tokens of the first batch entry; rows sum to 1.
+
+    Args:
+        cells: at most so many, of equal runs.
+        rows: queries that stand for each run, evenly spaced; 0 is all.
+    """
+    blocks = blocks_in("thw", call.grid, -(-math.prod(call.grid) // cells), call.device)
+    masses = exact_masses(call, blocks, rows)[0].float().cpu()
     return masses / masses.sum(-1, keepdim=True).clamp(min=1e-30)
 
 

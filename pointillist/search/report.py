@@ -127,7 +127,7 @@ def phases(plan: Plan, record: SearchRecord | None = None) -> tuple[Phase, ...]:
     Steps that the schedule makes dense by their sigma are left out; a plan that has no others gives one dense phase.
     Raises PlanError if the plan's tables fit no model, or not that of the record.
     """
-    layers, heads = _shape(plan, record)
+    layers, heads = shape_of(plan, record)
     boundaries = () if record is None else record.boundaries
     edges = {1.0, plan.schedule.dense_above, *boundaries, *(stage.below for stage in plan.stages)}
     begins = sorted((edge for edge in edges if 0 < edge <= plan.schedule.dense_above), reverse=True)
@@ -136,7 +136,9 @@ def phases(plan: Plan, record: SearchRecord | None = None) -> tuple[Phase, ...]:
     found = []
     for transformer in ("", *sorted({stage.transformer for stage in plan.stages} - {""})):
         pieces = [
-            Phase(begin, end, transformer, _table(plan, begin, transformer, layers, heads), _bucket(boundaries, begin))
+            Phase(
+                begin, end, transformer, table_at(plan, begin, transformer, layers, heads), bucket_of(boundaries, begin)
+            )
             for begin, end in zip(begins, [*begins[1:], 0.0], strict=True)
         ]
         for table, group in groupby(pieces, key=lambda piece: piece.table):
@@ -279,6 +281,19 @@ def about_map(plan: Plan, record: SearchRecord | None) -> str:
     return text
 
 
+def about_cell(rule: Rule, layer: int, head: int, run: Phase, record: SearchRecord | None) -> list[str]:
+    """Lines on one head in one phase: what it does, what that loses and takes."""
+    lines = [f"layer {layer}, head {head}", f"{rule.pattern}, density {rule.kept:.3g}"]
+    lines += [f"{name} = {value}" for name, value in rule.options]
+    if record is not None and run.buckets:
+        buckets = list(run.buckets)
+        error, weight = record.errors[buckets, layer, head].mean(), record.sensitivity[buckets, layer].mean()
+        seconds, dense = record.plan_seconds[buckets, layer].mean(), record.dense_seconds[layer]
+        lines.append(f"predicted error {error:.3g}, the layer's sensitivity {weight:.2f}")
+        lines.append(f"the layer's call: {duration(float(seconds))} predicted, {duration(float(dense))} dense")
+    return lines
+
+
 def about_points(record: SearchRecord) -> str:
     point = chosen_point(record)
     measured = sum(each.measured is not None for each in record.points)
@@ -322,6 +337,12 @@ def about_cost(record: SearchRecord) -> str:
     return f"The search took {duration(total)}{times}; most went into {short_name(largest)} ({share:.0%})."
 
 
+def mixed(colour: str, share: float) -> str:
+    """`colour` over white, `share` of it."""
+    parts = (int(colour[at : at + 2], 16) for at in (1, 3, 5))
+    return "#" + "".join(f"{round(255 - share * (255 - part)):02x}" for part in parts)
+
+
 def duration(seconds: float) -> str:
     """Seconds as people read them: 4.1 ms, 85 s, 12 min, 3.2 h."""
     for limit, unit, name in ((1e-3, 1e-6, "µs"), (1, 1e-3, "ms"), (120, 1, "s"), (7200, 60, "min")):
@@ -336,8 +357,8 @@ def short_name(text: str) -> str:
     return clean if len(clean) <= 60 else clean[:59] + "…"
 
 
-def _shape(plan: Plan, record: SearchRecord | None) -> tuple[int, int]:
-    """Layers and heads. A table of one row, or rows of one rule, hold for as many as there are."""
+def shape_of(plan: Plan, record: SearchRecord | None) -> tuple[int, int]:
+    """Layers and heads. A table of one row, or rows of one rule, hold for as many as there are. Raises PlanError."""
     if record is None:
         layers = max(len(table) for table in plan.tables)
         heads = max(len(row) for table in plan.tables for row in table)
@@ -347,11 +368,12 @@ def _shape(plan: Plan, record: SearchRecord | None) -> tuple[int, int]:
     return layers, heads
 
 
-def _table(plan: Plan, share: float, transformer: str, layers: int, heads: int) -> Table:
+def table_at(plan: Plan, share: float, transformer: str, layers: int, heads: int) -> Table:
+    """What every head does in a step at this share of the first one's sigma."""
     rows = (plan.rules(layer, share, transformer) for layer in range(layers))
     return tuple(row * heads if len(row) == 1 else row for row in rows)
 
 
-def _bucket(boundaries: tuple[float, ...], begin: float) -> tuple[int, ...]:
+def bucket_of(boundaries: tuple[float, ...], begin: float) -> tuple[int, ...]:
     """The step bucket that a step at sigma `begin` falls into, if there are any."""
     return tuple(i for i, boundary in enumerate(boundaries) if boundary >= begin)[-1:]

@@ -135,7 +135,7 @@ def _map(plan: Plan, record: SearchRecord | None) -> go.Figure:
     numbers = {name: i for i, name in enumerate(colours)}
     scale = []
     for name, i in numbers.items():
-        scale += [[i / len(numbers), _mix(colours[name], 0.35)], [(i + 0.999) / len(numbers), colours[name]]]
+        scale += [[i / len(numbers), report.mixed(colours[name], 0.35)], [(i + 0.999) / len(numbers), colours[name]]]
     scale[-1][0] = 1
     for place, run in enumerate(runs):
         figure.add_heatmap(
@@ -165,15 +165,8 @@ def _hover(run: Phase, record: SearchRecord | None) -> list[list[str]]:
 
 
 def _tell(rule: Rule, layer: int, head: int, run: Phase, record: SearchRecord | None) -> str:
-    lines = [f"layer {layer}, head {head}", f"<b>{rule.pattern}</b>, density {rule.kept:.3g}"]
-    lines += [f"{name} = {escape(str(value))}" for name, value in rule.options]
-    if record is not None and run.buckets:
-        buckets = list(run.buckets)
-        error, weight = record.errors[buckets, layer, head].mean(), record.sensitivity[buckets, layer].mean()
-        seconds, dense = record.plan_seconds[buckets, layer].mean(), record.dense_seconds[layer]
-        lines.append(f"predicted error {error:.3g}, the layer's sensitivity {weight:.2f}")
-        lines.append(f"the layer's call: {duration(float(seconds))} predicted, {duration(float(dense))} dense")
-    return "<br>".join(lines)
+    place, what, *more = map(escape, report.about_cell(rule, layer, head, run, record))
+    return "<br>".join([place, what.replace(rule.pattern, f"<b>{rule.pattern}</b>", 1), *more])
 
 
 def _attention(shown: tuple[report.Example, ...]) -> go.Figure:
@@ -340,9 +333,3 @@ def _styled(figure: go.Figure, height: int) -> go.Figure:
 def _draw(figure: go.Figure, name: str) -> str:
     config = {"displaylogo": False, "displayModeBar": False, "responsive": True}
     return figure.to_html(full_html=False, include_plotlyjs=False, div_id=f"figure-{name}", config=config)
-
-
-def _mix(colour: str, share: float) -> str:
-    """`colour` over white, `share` of it."""
-    parts = (int(colour[at : at + 2], 16) for at in (1, 3, 5))
-    return "#" + "".join(f"{round(255 - share * (255 - part)):02x}" for part in parts)

@@ -96,8 +96,8 @@ class SiteCall:
         q, k, v = (x.transpose(1, 2) for x in (self._q, self._k, self._v))
         shape, way = self._shape, self._way
         return Call(
-            q, k, v, shape.head_dim**-0.5, shape.grid, whole_video(shape.grid), way.block, way.hoist, step=step,
-            steps=10, memory=self._memory,
+            q, k, v, shape.head_dim**-0.5, shape.grid, whole_video(shape.grid), way.block, hoist=way.hoist,
+            step=step, steps=10, memory=self._memory,
         )  # fmt: skip
 
     def prepare(self, context: AbstractContextManager | None = None) -> None:

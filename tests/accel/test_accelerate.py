@@ -1,5 +1,6 @@
 """Accelerating a real, tiny Wan pipeline: exactness, restoration, state, refusal."""
 
+import copy
 import functools
 import inspect
 from dataclasses import replace
@@ -10,6 +11,7 @@ from diffusers import FirstBlockCacheConfig, FlowMatchEulerDiscreteScheduler
 
 from conftest import make_pipe, make_transformer
 from pointillist import AccelerateError, Plan, PlanError, accelerate
+from pointillist.accel.models.family import Tokens
 from pointillist.accel.plan import Rule
 from pointillist.accel.run_state import RunState
 from pointillist.accel.tiles import frame_tiles_of
@@ -219,6 +221,17 @@ def test_a_method_that_the_user_has_set_since_survives(pipe, run):
     assert pipe.scheduler.step is mine and len(calls) == 4 and handle.report().steps["dense"] == 0
 
 
+def test_a_copy_of_an_accelerated_scheduler_is_not_watched(pipe, run):
+    """LTX-2 copies its scheduler for the audio, which takes its own steps."""
+    with accelerate(pipe, "none") as first, accelerate(make_pipe(scheduler=pipe.scheduler), "none"):
+        other = copy.deepcopy(pipe.scheduler)
+        run(pipe)
+        assert other.step_index is None and other.step.__self__ is other
+        other.set_timesteps(7)
+        other.step(torch.ones(1), other.timesteps[0], torch.ones(1))
+        assert len(first.sigmas) == 4 and other.step_index == 1
+
+
 @pytest.mark.parametrize("cast", [lambda t: t, lambda t: t.to(torch.bfloat16), lambda t: t.expand(1, 48).clone()])
 def test_the_step_is_read_off_the_timestep(cast):
     """As a view of the scheduler's list, rounded to bfloat16, and per token."""
@@ -227,10 +240,10 @@ def test_the_step_is_read_off_the_timestep(cast):
     state.begin_generation(scheduler)
     for step, timestep in enumerate(scheduler.timesteps):
         with state.context("cond"):
-            state.enter("transformer", cast(timestep.expand(1)), (3, 4, 4))
+            state.enter("transformer", cast(timestep.expand(1)), Tokens((3, 4, 4)))
         assert (state.step, state.branch, state.expert) == (step, "cond", "transformer")
         state.leave()
-    state.enter("transformer", torch.tensor([5000.0]), (3, 4, 4))
+    state.enter("transformer", torch.tensor([5000.0]), Tokens((3, 4, 4)))
     assert state.step is None
 
 

@@ -41,6 +41,10 @@ def flux():
     return Family("flux").pipe
 
 
+def cosmos():
+    return Family("cosmos").pipe
+
+
 def curve(model=None, plan=None) -> Caching:
     made = MadeWith(model=model, plan=plan).values
     return Caching("magnitude", (("curve", (1.0, 0.99)), ("made_with", made)))
@@ -48,11 +52,15 @@ def curve(model=None, plan=None) -> Caching:
 
 SPARSE = Plan.uniform("pooled", 0.3, block=16)
 APPLYING = {
-    "regions of an unknown family": (flux, dict(plan="none", regions="easy"), "regions are not known for Flux"),
+    "regions of an unknown family": (cosmos, dict(plan="none", regions="easy"), "regions are not known for Cosmos"),
+    "an order from layer to layer of an unknown family": (
+        flux, dict(plan=replace(SPARSE, hoist="frames")), "not known for FluxTransformer2DModel",
+    ),
     "a sampler with noise of its own": (noisy, dict(plan="none", regions="easy"), "adds noise of its own"),
     "a sampler with two evaluations in a step": (two_evaluations, dict(plan="none", cache="easy"), "Heun"),
     "a cache and noise of the sampler": (noisy, dict(plan="none", cache="easy"), "reusing them harms"),
     "regions and a sampler of several steps": (multistep, dict(plan="none", regions="easy"), "UniPCMultistepScheduler"),
+    "keys made anew beside text": (flux, dict(plan="none", regions="change:keys=input"), "attends to text as well"),
     "a cache table with regions": (
         make_pipe, dict(plan="none", regions="easy", cache=CacheTable.every(steps=4, layers=2, interval=2)),
         "take one away",

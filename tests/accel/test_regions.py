@@ -23,8 +23,9 @@ SOME = "change:share=0.4,every=3,from=1"
 
 @pytest.mark.parametrize("text", ["change:share=1,from=1,every=2", "low_std:share=1,from=1,every=3"])
 @pytest.mark.parametrize(("batch", "guidance"), [(1, 3.0), (2, 3.0), (2, 1.0)])
-def test_all_tokens_are_no_acceleration(text, batch, guidance):
-    family = Family("wan")
+@pytest.mark.parametrize("name", ["wan", "flux", "ltx"])
+def test_all_tokens_are_no_acceleration(name, text, batch, guidance):
+    family = Family(name)
     dense = [family.run(size, batch=batch, guidance=guidance) for size in (64, 96)]
     with accelerate(family.pipe, "none", regions=text) as handle:
         found = [family.run(size, batch=batch, guidance=guidance) for size in (64, 96)]

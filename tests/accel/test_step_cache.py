@@ -351,7 +351,7 @@ def test_a_cache_of_diffusers_is_refused_before_anything_is_changed(name):
 
 
 def test_unknown_models_are_cached_but_not_sparse():
-    family = Family("ltx")
+    family = Family("cogview4")
     with pytest.raises(AccelerateError, match="plan='none', cache='easy'"):
         accelerate(family.pipe)
     family.pipe.transformer.enable_cache(FirstBlockCacheConfig())

@@ -1,54 +1,37 @@
 """Any other transformer of Diffusers: its attention stays as it is, its steps can be cached."""
 
 import inspect
-from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
-import torch
-
-from pointillist.accel.models import fingerprints
-from pointillist.accel.tiles import Grid
-
-PRESET = None
+from pointillist.accel.models.family import Family, Named, Tokens
 
 
-def is_member(transformer: Any) -> bool:
-    """Whether it is a model of Diffusers that is called with latents and a timestep."""
-    named = inspect.signature(transformer.forward).parameters
-    return hasattr(transformer, "config") and {"hidden_states", "timestep"} <= set(named)
+class Other(Family):
+    NAME = "other"
+    CLASSES: ClassVar[tuple[str, ...]] = ()
+    SITES: ClassVar[tuple[tuple[str, str], ...]] = ()
+    PROCESSORS: ClassVar[tuple[str, ...]] = ()
+
+    def is_member(self, transformer: Any) -> bool:
+        """Whether it is a model of Diffusers that is called with latents and a timestep."""
+        named = inspect.signature(transformer.forward).parameters
+        return hasattr(transformer, "config") and {"hidden_states", "timestep"} <= set(named)
+
+    def heads(self, transformer: Any) -> int:
+        return 0
+
+    def tokens(self, transformer: Any, call: Named) -> Tokens:
+        """How they lie is not known: their number, if they are in a row."""
+        x = self.latents(call)
+        return Tokens((1, 1, x.shape[1] if x.ndim == 3 else x[0, 0].numel()))
 
 
-def sites(transformer: Any) -> list[tuple[torch.nn.Module, torch.nn.Module]]:
-    """None: where its attention is, nobody has said."""
-    return []
+class Sana(Other):
+    """Sana and Sana-Video: self-attention is linear, and the feed-forward networks are convolutions over the grid."""
 
+    NAME = "Sana"
+    CLASSES = ("SanaTransformer2DModel", "SanaVideoTransformer3DModel", "SanaControlNetModel")
+    WHY = "its self-attention is linear already, so there are no pairs to leave out"
 
-def modules(transformer: Any) -> list[dict[str, list[torch.nn.Module]]]:
-    """Of every layer, its self-attention and its feed-forward networks. Raises ValueError where they are not apart."""
-    from pointillist.accel import bridge  # which imports Diffusers, and plans are read without it
-
-    return bridge.attention_and_mlp(transformer)
-
-
-def heads(transformer: Any) -> int:
-    return 0
-
-
-def inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, None]:
-    """`hidden_states` from the arguments of a forward call. Timesteps have many units: steps are counted instead."""
-    return (args[0] if args else kwargs["hidden_states"]), None
-
-
-def grid(transformer: Any, hidden_states: torch.Tensor) -> Grid:
-    """How the tokens lie is not known: their number, if they are in a row."""
-    return 1, 1, hidden_states.shape[1] if hidden_states.ndim == 3 else hidden_states[0, 0].numel()
-
-
-def watch_modulation(transformer: Any, tell: Callable[[torch.Tensor], None]) -> Callable[[], None]:
-    """What modulates its blocks is not known either."""
-    return lambda: None
-
-
-def fingerprint(transformer: Any) -> str:
-    """Names the class and the configuration."""
-    return f"{type(transformer).__name__}-{fingerprints.digest(transformer)}"
+    def is_member(self, transformer: Any) -> bool:
+        return Family.is_member(self, transformer)

@@ -31,6 +31,8 @@ class Call:
     segments: tuple[Segment, ...]
     block: int = 128
     """At most so many tokens are in a block."""
+    key_lengths: torch.Tensor | None = None
+    """int64 [B]: so many keys of each batch entry are no padding, where they differ; padding is the end then."""
     hoist: str = ""
     """The order in which the video's tokens lie in q, k and v: "" is the grid's, else it was hoisted (see `Plan`)."""
     heads: tuple[int, ...] | None = None

@@ -22,10 +22,15 @@ class Random(Pattern):
 
     def select(self, call: Call) -> Selection:
         blocks = blocks_in("frames", call.grid, call.block, call.device)
-        seed = self.seed + 1_000_003 * call.layer + 10_007 * call.step + (call.heads[0] if call.heads else 0)
+        count, heads = blocks.count, call.heads or range(call.q.shape[1])
+        scores = [self._scores(call, head, count) for head in heads]
+        return select_blocks(torch.stack(scores)[None], blocks, self.density)
+
+    def _scores(self, call: Call, head: int, count: int) -> torch.Tensor:
+        """Of a head, whichever others are computed with it."""
+        seed = self.seed + 1_000_003 * call.layer + 10_007 * call.step + head
         generator = torch.Generator(call.device).manual_seed(seed)
-        shape = (1, call.q.shape[1], blocks.count, blocks.count)
-        return select_blocks(torch.rand(shape, device=call.device, generator=generator), blocks, self.density)
+        return torch.rand(count, count, device=call.device, generator=generator)
 
 
 if __name__ == "__main__":

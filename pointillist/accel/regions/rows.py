@@ -56,7 +56,9 @@ class RegionSampling:
         shared = runtime.memory(f"{self._name} regions", self._shapes, every_branch=True)
         if shared.get("step") != state.step:  # once for all branches
             self._look(shared, x, kinds)
-        if kinds[state.step] == "region":
+        if kinds[state.step] == "region" and state.tokens is not None and state.tokens.conditions:
+            runtime.record.notes["all tokens computed: there are reference images beside the tokens"] += 1
+        elif kinds[state.step] == "region":
             if self._velocity().get("keys"):
                 runtime.rows = shared["rows"]
             else:
@@ -144,6 +146,8 @@ class RegionSampling:
                 )
             return self.fixed.to(age.device).expand(age.shape[0], -1)
         score = aged(importance, age, regions.age, regions.max_age)
+        if self._family.SHARED_ROWS:
+            score = score.mean(0, keepdim=True).expand_as(score)
         if regions.unit == "token":
             return tokens_of(score, regions.share)
         assert plan is not None
@@ -168,5 +172,7 @@ class RegionSampling:
 
 
 def _channels_second(x: torch.Tensor) -> torch.Tensor:
-    """Latents of a sequence [B, N, C] as [B, C, N]."""
-    return x.transpose(1, 2) if x.ndim == 3 else x
+    """Latents of a sequence [B, N, C] as [B, C, N], those of an image [B, C, H, W] as a clip's [B, C, 1, H, W]."""
+    if x.ndim == 3:
+        return x.transpose(1, 2)
+    return x[:, :, None] if x.ndim == 4 else x

@@ -54,6 +54,8 @@ class StepCache:
             )
         self._level = "stack" if self._lists and caching.level != "output" else "output"
         self._passage: _Passage | None = None
+        self.seam: Any = None
+        """The `parallel.seam.Seam` of the transformer, where it is split over processes."""
 
     def install(self) -> Callable[[], None]:
         """Returns the undo."""
@@ -68,6 +70,10 @@ class StepCache:
                     self._transformer._modules[name] = self._lists[name]
 
         return undo
+
+    def whole(self, streams: Streams, stay: bool = True) -> Streams:
+        """All tokens, of those of this process; unless `stay`, what follows has all of them too."""
+        return streams if self.seam is None else self.seam.whole(streams, stay)
 
     def enter(self, x: torch.Tensor) -> None:
         """A call of the transformer begins, with latents x."""
@@ -131,7 +137,9 @@ class _Passage:
     def decide(self) -> bool:
         """Whether this call reuses; decided once, after the decider's blocks have run."""
         if self.reused is None:
-            self.reused = self._decide()
+            self.reused, agreement = self._decide(), self.cache._runtime.agreement
+            if agreement is not None:  # a process that computes would wait forever for one that reuses
+                self.reused = agreement.first_of(self.reused)
             self._note()
         return self.reused
 
@@ -185,10 +193,11 @@ class _Passage:
             self._front_in = hidden
         else:
             assert self._front_in is not None
-            self.seen.front = hidden - self._front_in
+            self.seen.front = self.cache.whole((hidden, None))[0] - self._front_in
 
     def edge(self, number: int, streams: Streams, entering: bool) -> None:
         """Hidden states where the part of a list begins or ends that may be reused."""
+        streams = self.cache.whole(streams)
         if entering:
             self._entered = streams
         else:
@@ -319,7 +328,7 @@ class _StandIn:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         streams = bridge.streams_of(self._block)
-        hidden, text = streams.into(args, kwargs)
+        hidden, text = self._passage.cache.whole(streams.into(args, kwargs), stay=False)
         added, added_text = self._passage.predict(self._number)
         if text is not None and added_text is not None:
             text = text + added_text

@@ -1,0 +1,28 @@
+"""HiDream-I1, a mixture of experts: text behind the image. Images that are not square are padded to a fixed length with
+zero keys, which the model's own attention sees; so they count as text here, and stay exact."""
+
+from typing import Any
+
+import torch
+
+from pointillist.accel.models.family import Family, Named, Preset, Tokens, latent_grid
+
+
+class HiDream(Family):
+    NAME = "HiDream-I1"
+    CLASSES = ("HiDreamImageTransformer2DModel",)
+    SITES = (("double_stream_blocks", "block.attn1"), ("single_stream_blocks", "block.attn1"))
+    PROCESSORS = ("HiDreamAttnProcessor",)
+    TEXT = "after"
+    PRESET = Preset(density=0.3, dense_above=0.9, min_tokens=4096)
+
+    def tokens(self, transformer: Any, call: Named) -> Tokens:
+        """Of latents [B, C, H, W], or of images that were cut into patches before."""
+        x, patch = call["hidden_states"], transformer.config.patch_size
+        if x.ndim == 4:
+            return Tokens(latent_grid(x, (1, patch, patch)))
+        height, width = (int(each) for each in call["img_sizes"][0])
+        return Tokens((1, height, width))
+
+    def output_weight(self, block: Any, attention: Any) -> torch.Tensor:
+        return attention.to_out.weight

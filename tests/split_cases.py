@@ -1,0 +1,225 @@
+"""Generations that one process and several must make alike. Imported by the processes of `jobs`."""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLHunyuanVideo,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    HunyuanVideoPipeline,
+    HunyuanVideoTransformer3DModel,
+)
+
+import pointillist
+from conftest import make_pipe, make_transformer
+from pointillist.accel.parallel.start import parallelize
+from pointillist.accel.plan import Plan, Rule
+from pointillist.accel.schedule import Schedule
+
+
+@dataclass
+class Case:
+    """One generation of tiny Wan, and how it is split."""
+
+    plan: Plan | str = "none"
+    ulysses: int = 2
+    ring: int = 1
+    heads: int = 4
+    frames: int = 9
+    size: int = 64
+    steps: int = 3
+    how: dict = field(default_factory=dict)
+    """More arguments of `accelerate`."""
+    family: str = "wan"
+    text: int = 12
+    """Tokens of the prompt."""
+
+
+def mixed(*rules: Rule, **changes) -> Plan:
+    values = dict(name="mixed", table=(tuple(rules),), block=8, break_even=False, schedule=Schedule(dense_steps=1))
+    return Plan(**{**values, **changes})
+
+
+STATIC = (Rule("tile", 0.5), Rule("window", 0.3), Rule("radial", 0.6), Rule("diagonal", 0.4))
+DYNAMIC = (Rule("pooled", 0.3), Rule("tile", 0.5), Rule("pooled", 0.6), Rule("grid", 0.4))
+
+LOOKING = ("semantic", "masses", "vertical_slash", "reorder", "random", "moba", "pyramid", "sla")
+
+
+def of(pattern: str, **changes) -> Case:
+    return Case(Plan.uniform(pattern, 0.4, dense_steps=1, block=8), **changes)
+
+
+CASES = {
+    "dense": Case(),
+    "static": Case(mixed(*STATIC)),
+    "static with means": Case(mixed(*STATIC, tail="pooled")),
+    "static with a residual": Case(mixed(*STATIC, tail="pooled", residual=True)),
+    "rescaled": Case(mixed(*STATIC, tail="rescaled")),
+    "dynamic": Case(mixed(*DYNAMIC, tail="pooled")),
+    "dynamic, choices reused": Case(mixed(*DYNAMIC, reuse_layers=2, reuse_steps=2)),
+    "uneven tokens": Case(mixed(*STATIC, tail="pooled"), frames=9, size=80),
+    "uneven heads": Case(mixed(*STATIC[:3], tail="pooled"), heads=3),
+    "uneven both": Case(mixed(*DYNAMIC[:3], tail="pooled"), heads=3, frames=9, size=80),
+    "hoisted": Case(mixed(*STATIC[:3], Rule("tile", 0.2), hoist="tiles")),
+    "balanced": Case(mixed(Rule("dense", 1.0), Rule("tile", 0.5), Rule("tile", 0.1), Rule("pooled", 0.2))),
+    "skipping": Case(mixed(Rule("skip", 0.1), Rule("tile", 0.5), Rule("window", 0.4), Rule("skip", 0.1))),
+    **{name: of(name) for name in LOOKING},
+    "cache": Case(mixed(*STATIC), steps=10, how={"cache": "first_block:threshold=0.6"}),
+    "cache of outputs": Case(mixed(*STATIC), steps=10, how={"cache": "rate:threshold=0.5,level=output"}),
+    "easy cache": Case("none", steps=10, how={"cache": "easy"}),
+    "regions": Case(mixed(*STATIC, tail="pooled"), steps=8, how={"regions": "change:share=0.4,every=3"}),
+    "regions of dynamic": Case(mixed(*DYNAMIC, tail="pooled"), steps=8, how={"regions": "change:share=0.3,every=3"}),
+    "everything": Case(
+        mixed(*STATIC, tail="pooled"), steps=10, frames=9, size=80,
+        how={"regions": "change:share=0.4,every=3", "cache": "first_block:threshold=0.5"},
+    ),
+}  # fmt: skip
+
+RING = {
+    "ring: dense": Case(ring=2, ulysses=1),
+    "ring: static": Case(mixed(*STATIC), ring=2, ulysses=1),
+    "ring: static with means": Case(mixed(*STATIC, tail="pooled"), ring=2, ulysses=1),
+    "ring: uneven tokens": Case(mixed(*STATIC, tail="pooled"), ring=2, ulysses=1, size=80),
+    "ring: hoisted": Case(
+        mixed(*STATIC[:3], Rule("tile", 0.2), hoist="tiles"), ring=2, ulysses=1
+    ),
+    "ring: few pairs": Case(mixed(Rule("diagonal", 0.02), Rule("tile", 0.02), Rule("dense", 1.0), Rule("window", 0.1)),
+                            ring=2, ulysses=1),
+    "ring: cache": Case(mixed(*STATIC), steps=10, how={"cache": "first_block:threshold=0.6"}, ring=2, ulysses=1),
+}  # fmt: skip
+FOUR = {
+    "four: static": Case(mixed(*STATIC, tail="pooled"), ulysses=4),
+    "four: dynamic": Case(mixed(*DYNAMIC, tail="pooled"), ulysses=4),
+    "four: uneven": Case(
+        mixed(*DYNAMIC, *STATIC[:3], tail="pooled"), ulysses=4, heads=7, size=80,
+        how={"regions": "change:share=0.4,every=3", "cache": "first_block:threshold=0.5"}, steps=8,
+    ),
+    "four: balanced": Case(
+        mixed(*(Rule("tile", share) for share in (0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1))), ulysses=4, heads=8
+    ),
+}  # fmt: skip
+FOUR_IN_RINGS = {
+    "ring of four": Case(mixed(*STATIC, tail="pooled"), ulysses=1, ring=4),
+    "two by two: dense": Case(ulysses=2, ring=2),
+    "two by two: static": Case(mixed(*STATIC), ulysses=2, ring=2),
+    "two by two: means": Case(
+        mixed(*STATIC[::-1], tail="pooled"), ulysses=2, ring=2, steps=10, how={"cache": "first_block:threshold=0.5"}
+    ),
+}  # fmt: skip
+REFUSED = {
+    "ring: dynamic": (Case(mixed(*DYNAMIC), ring=2, ulysses=1), "look at queries and keys .grid, pooled. need all"),
+    "ring: rescaled": (Case(mixed(*STATIC, tail="rescaled"), ring=2, ulysses=1), "tail 'rescaled' is of whole rows"),
+    "ring: regions": (
+        Case(mixed(*STATIC), ring=2, ulysses=1, how={"regions": "easy"}), "regions keep the keys of all tokens"
+    ),
+    "heads": (Case(heads=1), "1 heads cannot be spread over 2"),
+    "degrees": (Case(ulysses=4), "is 4, and this job has 2 processes"),
+}  # fmt: skip
+ALL = CASES | RING | FOUR | FOUR_IN_RINGS | {name: case for name, (case, _) in REFUSED.items()}
+
+
+# Products of few rows (of a matrix with 256 columns or more, up to 12) are summed in another order by CPUs' libraries:
+# prompts are so long that each process has more of them.
+JOINT = {
+    "flux: dense": Case(family="flux", size=16, text=48),
+    "flux: static": Case(mixed(*STATIC), family="flux", size=16, text=48),
+    "flux: dynamic": Case(mixed(*DYNAMIC, tail="pooled"), family="flux", size=16, text=48),
+    "flux: uneven": Case(mixed(*DYNAMIC[:3], tail="pooled"), family="flux", size=22, heads=3, text=49),
+    "flux: cache": Case(
+        mixed(*STATIC, tail="pooled"), family="flux", size=16, text=48, steps=10,
+        how={"cache": "first_block:threshold=0.6"},
+    ),
+    "hunyuan: dense": Case(family="hunyuan", text=48),
+    "hunyuan: static": Case(mixed(*STATIC), family="hunyuan", text=48),
+    "hunyuan: dynamic": Case(mixed(*DYNAMIC, tail="pooled"), family="hunyuan", text=48),
+    "hunyuan: uneven": Case(mixed(*DYNAMIC[:3], tail="pooled"), family="hunyuan", size=80, heads=3, text=49),
+    "hunyuan: cache": Case(
+        mixed(*STATIC, tail="pooled"), family="hunyuan", text=48, steps=10, how={"cache": "first_block:threshold=0.6"}
+    ),
+}  # fmt: skip
+JOINT_RING = {
+    f"{family}: {name}": Case(mixed(*STATIC, **changes), family=family, size=size, ulysses=1, ring=2)
+    for family, size in (("flux", 16), ("hunyuan", 64))
+    for name, changes in (("ring", {}), ("ring with means", {"tail": "pooled"}))
+}
+JOINT_FOUR = {
+    f"{family}: four": Case(mixed(*DYNAMIC, tail="pooled"), family=family, size=size, text=128, ulysses=4)
+    for family, size in (("flux", 24), ("hunyuan", 64))
+}
+JOINT_FOUR_IN_RINGS = {
+    f"{family}: two by two": Case(mixed(*STATIC, tail="pooled"), family=family, size=size, ulysses=2, ring=2)
+    for family, size in (("flux", 16), ("hunyuan", 64))
+}
+ALL |= JOINT | JOINT_RING | JOINT_FOUR | JOINT_FOUR_IN_RINGS
+
+
+def run_case(name: str):
+    """The latents and the report's figures of one case, split if there are several processes."""
+    case = ALL[name]
+    torch.manual_seed(7)
+    pipe, arguments = {"wan": wan, "flux": flux, "hunyuan": hunyuan}[case.family](case)
+    if dist.is_initialized():
+        parallelize(pipe, case.ulysses, case.ring)
+    with pointillist.accelerate(pipe, case.plan, **{"cache": "none", "regions": "none"} | case.how) as handle:
+        out = pipe(
+            height=case.size, width=case.size, num_inference_steps=case.steps,
+            generator=torch.Generator().manual_seed(5), output_type="latent", return_dict=False, **arguments,
+        )[0]  # fmt: skip
+        report = handle.report()
+    return out, report.steps, report.density
+
+
+def wan(case: Case):
+    pipe = make_pipe(transformer=make_transformer(num_attention_heads=case.heads, layers=3))
+    texts = torch.randn(2, 1, case.text, 32)
+    return pipe, dict(
+        prompt_embeds=texts[0], negative_prompt_embeds=texts[1], num_frames=case.frames, guidance_scale=3.0
+    )
+
+
+def flux(case: Case):
+    transformer = FluxTransformer2DModel(
+        patch_size=1, in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16,
+        num_attention_heads=case.heads, joint_attention_dim=32, pooled_projection_dim=32, guidance_embeds=False,
+        axes_dims_rope=(4, 4, 8),
+    ).eval()  # fmt: skip
+    vae = AutoencoderKL(latent_channels=4, block_out_channels=(4,), norm_num_groups=1, use_quant_conv=False).eval()
+    pipe = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(), vae=vae, text_encoder=None, tokenizer=None, text_encoder_2=None,
+        tokenizer_2=None, transformer=transformer,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    texts, pooled = torch.randn(2, 1, case.text, 32), torch.randn(1, 32)
+    return pipe, dict(
+        prompt_embeds=texts[0], pooled_prompt_embeds=pooled, negative_prompt_embeds=texts[1],
+        negative_pooled_prompt_embeds=pooled, true_cfg_scale=3.0,
+    )  # fmt: skip
+
+
+def hunyuan(case: Case):
+    """The last three tokens of its prompt are padding."""
+    transformer = HunyuanVideoTransformer3DModel(
+        in_channels=4, out_channels=4, num_attention_heads=case.heads, attention_head_dim=16, num_layers=2,
+        num_single_layers=2, num_refiner_layers=1, patch_size=2, patch_size_t=1, guidance_embeds=True,
+        text_embed_dim=32, pooled_projection_dim=32, rope_axes_dim=(4, 6, 6),
+    ).eval()  # fmt: skip
+    vae = AutoencoderKLHunyuanVideo(
+        in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(8, 8, 8, 8), layers_per_block=1,
+        norm_num_groups=4, mid_block_add_attention=False,
+    ).eval()  # fmt: skip
+    pipe = HunyuanVideoPipeline(
+        text_encoder=None, tokenizer=None, transformer=transformer, vae=vae,
+        scheduler=FlowMatchEulerDiscreteScheduler(), text_encoder_2=None, tokenizer_2=None,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    mask = torch.ones(1, case.text, dtype=torch.int64)
+    mask[:, -3:] = 0
+    return pipe, dict(
+        prompt_embeds=torch.randn(1, case.text, 32), pooled_prompt_embeds=torch.randn(1, 32),
+        prompt_attention_mask=mask, num_frames=case.frames, guidance_scale=3.0,
+    )  # fmt: skip

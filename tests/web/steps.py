@@ -1,0 +1,39 @@
+"""What a person does on the page."""
+
+
+def choose(page, name, text):
+    """In a dropdown."""
+    page.click(f"#{name} input")
+    page.locator("ul[role=listbox] li").filter(has_text=text).first.click()
+
+
+def open_tab(page, title):
+    page.get_by_role("tab", name=title).click()
+
+
+def settle(page, steps, seed=7, prompt=None):
+    """The smallest clip: 64 × 64, 17 frames."""
+    if prompt is not None:
+        page.fill("#generate-prompt textarea", prompt)
+    for name in ("width", "height"):
+        choose(page, f"generate-{name}", "64")
+    choose(page, "generate-frames", "17 frames")
+    page.fill("#generate-seed input", str(seed))
+    page.press("#generate-seed input", "Tab")
+    number = page.locator("#generate-steps input[type=number]")
+    if not number.is_visible():
+        page.click("#generate-advanced button")
+    number.fill(str(steps))
+    number.press("Tab")
+    page.wait_for_function(
+        "steps => document.querySelectorAll('#generate-predicted .steps i').length === steps", arg=steps
+    )
+
+
+def start(page):
+    page.click("#generate-start")
+
+
+def wait_for(page, words, name="generate"):
+    """In the panel of a job."""
+    page.locator(f"#job-{name}").get_by_text(words).first.wait_for()

@@ -1,0 +1,140 @@
+"""Pictures of every tab for the docs, of a page that is served for it: light and dark, wide and as on a phone.
+
+    python tools/screenshots.py [--output docs/images/web] [--outputs FOLDER] [--size 128] [--steps 20]
+
+It makes one clip and its dense twin first, or takes the latest of `--outputs`, where there is one. Needs Playwright
+and a Chromium.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import socket
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from playwright.sync_api import Browser, Page, sync_playwright
+
+WIDE, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
+WAIT = 600_000
+PROMPT = "a green star rotating on navy"
+
+
+def choose(page: Page, name: str, text: str) -> None:
+    page.click(f"#{name} input")
+    page.locator("ul[role=listbox] li").filter(has_text=text).first.click()
+
+
+def make_clip(page: Page, size: int, steps: int, folder: Path) -> None:
+    """A clip and its dense twin; on the way, Generate while it runs."""
+    page.fill("#generate-prompt textarea", PROMPT)
+    choose(page, "generate-width", str(size))
+    choose(page, "generate-height", str(size))
+    page.fill("#generate-seed input", "5")
+    page.click("#generate-advanced button")
+    page.locator("#generate-steps input[type=number]").fill(str(steps))
+    page.locator("#generate-steps input[type=number]").press("Tab")
+    page.click("#generate-advanced button")
+    page.click("#generate-start")
+    page.locator("#job-generate").get_by_text(f"step {max(1, steps // 2)}/{steps}").wait_for()
+    page.wait_for_selector("#job-generate img.job-preview")
+    page.screenshot(path=folder / "generate_running.png")
+    page.locator("#job-generate").get_by_text("Done in").wait_for()
+    page.wait_for_selector("#generate-video video[src]")
+    page.click("#generate-compare")
+    page.click("#compare-start")
+    page.wait_for_selector(".player[data-drawn]")
+
+
+def show_gallery(page: Page) -> None:
+    page.wait_for_selector(".card")
+    page.locator(".card").first.click()
+    page.wait_for_selector("#gallery-details .chips")
+
+
+def show_compare(page: Page) -> None:
+    page.wait_for_selector(".player[data-drawn]")
+
+
+def show_generate(page: Page) -> None:
+    page.wait_for_selector("#generate-video video[src]")
+
+
+def show_system(page: Page) -> None:
+    page.wait_for_selector(".facts")
+
+
+SHOWN = {"generate": show_generate, "compare": show_compare, "gallery": show_gallery, "system": show_system}
+"""What to wait for and to click in a tab, by its id; others are shown as they open."""
+
+
+def open_tab(page: Page, title: str) -> None:
+    tab = page.get_by_role("tab", name=title, exact=True).locator("visible=true")
+    if tab.count():
+        tab.first.click()
+        return
+    page.locator(".overflow-menu > button").locator("visible=true").click()  # of those that have no room
+    page.locator(".overflow-dropdown button", has_text=title).click()
+
+
+def photograph(browser: Browser, url: str, state: Any, folder: Path, tabs: list[tuple[str, str]]) -> None:
+    for looks, size in (("light", WIDE), ("dark", WIDE), ("light_phone", PHONE), ("dark_phone", PHONE)):
+        context = browser.new_context(viewport=size, color_scheme=looks.partition("_")[0], storage_state=state)  # type: ignore[arg-type]
+        page = context.new_page()
+        page.set_default_timeout(WAIT)
+        page.goto(url)
+        page.wait_for_selector("#generate-predicted .predicted")
+        for name, title in tabs:
+            open_tab(page, title)
+            SHOWN.get(name, lambda page: None)(page)
+            page.wait_for_timeout(2000)
+            page.screenshot(path=folder / f"{name}_{looks}.png", full_page=True)
+            wide = page.evaluate("document.documentElement.scrollWidth")
+            print(f"{name}_{looks}.png" + (f": {wide} pixels are too wide" if wide > size["width"] else ""), flush=True)
+        context.close()
+
+
+def main() -> None:
+    from pointillist.web.app import TABS
+    from pointillist.web.serve import serve
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("docs/images/web"))
+    parser.add_argument("--outputs", type=Path)
+    parser.add_argument("--size", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--tabs", default=",".join(name for name, *_ in TABS))
+    given = parser.parse_args()
+    given.output.mkdir(parents=True, exist_ok=True)
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url, tabs = f"http://127.0.0.1:{port}", [(n, title) for n, title, _ in TABS if n in given.tabs.split(",")]
+    with tempfile.TemporaryDirectory() as beside, sync_playwright() as playwright:
+        folder = given.outputs or Path(beside)
+        page, engine = serve("127.0.0.1", port, folder, prevent_thread_lock=True, quiet=True)
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        context = browser.new_context(viewport=WIDE)  # type: ignore[arg-type]
+        first = context.new_page()
+        first.set_default_timeout(WAIT)
+        first.goto(url)
+        first.wait_for_selector("#generate-predicted .predicted")
+        if any(folder.glob("*_dense.mp4")):
+            open_tab(first, "Gallery")
+            show_gallery(first)
+            first.click("#gallery-compare")
+            show_compare(first)
+        else:
+            make_clip(first, given.size, given.steps, given.output)
+        state = context.storage_state()
+        photograph(browser, url, state, given.output, tabs)
+        browser.close()
+        engine.close()
+        page.close()
+
+
+if __name__ == "__main__":
+    main()
