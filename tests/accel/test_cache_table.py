@@ -17,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from families import Family
-from pointillist import AccelerateError, Plan, accelerate
+from pointillist import AccelerateError, Plan, accelerate, defaults, load_pipeline
 from pointillist.accel import memory
+from pointillist.accel.conflicts import model_of, targets_of
 from pointillist.accel.models import wan
 from pointillist.accel.regions.policy import Regions
 from pointillist.accel.schedule import Schedule
@@ -333,6 +334,17 @@ def test_any_bytes_give_a_table_or_an_error(tmp_path_factory, noise, cut):
         path.write_bytes(data)
         with contextlib.suppress(CacheTableError):
             assert CacheTable.load(path) == CacheTable.from_json(data.decode())
+
+
+def test_the_shipped_table_is_the_embedded_models():
+    pipe = load_pipeline("embedded")
+    table = CacheTable.shipped(model_of(targets_of(pipe, sparse=False)))
+    assert table.share == 0.5 and table.steps == defaults(pipe)["num_inference_steps"] and table.layers == 6
+    with accelerate(pipe, "none", cache="table") as handle:
+        pipe("a red circle on black", height=64, width=64, num_frames=17, num_inference_steps=20, output_type="latent")
+        report = handle.report()
+    assert "50% of the modules reused" in report.cache and not report.fallbacks
+    assert report.held["step cache"] == pytest.approx(report.predicted["step cache"], rel=0.05)
 
 
 def test_regions_are_not_mixed_in():
