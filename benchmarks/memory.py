@@ -3,8 +3,8 @@
     python benchmarks/memory.py [--model wan-14b-layer|embedded] [--frames 13 --size 512 --output FILE]
 
 `wan-14b-layer` is one layer of Wan 2.1 14B's size (40 heads of 128 channels) with random weights in bfloat16;
-`embedded` is the model that ships, on its full grid. Every feature runs the same few steps as a run without it, in the
-same process, whose resident memory is looked at after the second step, when what was freed has been given back.
+`embedded` is the model that ships, on its full grid. Every feature runs the same two steps as a run without any did
+before, in the same process, whose resident memory is looked at behind them, when what was freed has been given back.
 """
 
 import argparse
@@ -100,10 +100,10 @@ def main() -> None:
     layers = pipe.transformer.config.num_layers
     FEATURES["cache table"] = {"cache": CacheTable.every(3, layers, 1)}
     output = args.output or RESULTS / f"memory_{args.model.replace('-', '_')}.json"
-    run(pipe, call)  # what libraries keep for good is there now
+    run(pipe, call, regions=REGIONS)  # what libraries keep for good, of both shapes, is there now
+    before = run(pipe, call)["resident"]
     rows = []
     for name, feature in FEATURES.items():
-        before = run(pipe, call)["resident"]
         found = run(pipe, call, **feature)
         row = {
             "feature": name, "predicted": found["predicted"], "counted": found["counted"],

@@ -20,7 +20,6 @@ from families import Family
 from pointillist import AccelerateError, Plan, accelerate, defaults, load_pipeline
 from pointillist.accel import memory
 from pointillist.accel.conflicts import model_of, targets_of
-from pointillist.accel.models import wan
 from pointillist.accel.regions.policy import Regions
 from pointillist.accel.schedule import Schedule
 from pointillist.accel.step_cache.table import CacheTable, CacheTableError, MadeFor
@@ -227,7 +226,7 @@ def test_a_predictor_extrapolates_what_a_module_gave():
 
 def test_what_does_not_fit_is_refused(tmp_path):
     family = Family("wan")
-    model = wan.fingerprint(family.pipe.transformer)
+    model = model_of(targets_of(family.pipe))
     mine = replace(CacheTable.every(8, 2, 2), made_for=replace(MADE_FOR, model=model))
     for wrong, message in (
         (replace(mine, made_for=MADE_FOR), f"another model: wan-made-up, but here it is {model}"),
@@ -251,7 +250,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
     hook.remove()
     other = Family("wan")
     doubtful = replace(
-        mine, made_for=replace(mine.made_for, shift=5.0, plan="mine", model=wan.fingerprint(other.pipe.transformer))
+        mine, made_for=replace(mine.made_for, shift=5.0, plan="mine", model=model_of(targets_of(other.pipe)))
     )
     doubtful.save(tmp_path / "table.json")
     with accelerate(other.pipe, "none", cache=f"table:{tmp_path / 'table.json'}") as handle:
