@@ -231,7 +231,7 @@ def find_cache_table(
         beta: what a computed module costs, as in HarmoniCa; then share must be None, and start `noise`.
         start: `measured`, the table that costs least by what reusing each module was measured to cost; or `noise`, from
             which only iterations learn.
-        clips: measured so many, each as much work as four dense ones for every module in a step.
+        clips: measured so many, each as much work as four dense clips for every module of the model.
         iterations: of HarmoniCa's training, each a clip of two to four times as much work as a dense one.
         rate: of learning; greater for few iterations.
         renew: after so many iterations it is measured anew which steps matter, at the price of a clip for each step.
