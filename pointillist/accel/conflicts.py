@@ -155,7 +155,7 @@ CONFLICTS = (
     ),
     Conflict(
         "keys made anew beside text", "refuse",
-        lambda its: its.regions and its.plan.regions.keys == "input"  # type: ignore[union-attr]
+        lambda its: its.plan is not None and its.plan.regions is not None and its.plan.regions.keys == "input"
         and any(each.family.TEXT != "none" for each in its.targets),
         lambda its: f"keys='input' makes keys anew from the image's hidden states, but {_classes(its)} attends to text "
         "as well; take keys='fp8' or 'full'",

@@ -19,5 +19,5 @@ class SkyReels(Family):
         return Tokens(latent_grid(call["hidden_states"], transformer.config.patch_size))
 
     def timestep(self, call: Named) -> torch.Tensor:
-        """[B] or, with diffusion forcing, [B, F]: the noisiest frame's. Its steps are taken by copies of the scheduler."""
+        """[B] or, with diffusion forcing, [B, F]: the noisiest frame's. Copies of the scheduler take its steps."""
         return call["timestep"]
