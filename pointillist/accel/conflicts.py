@@ -185,6 +185,12 @@ CONFLICTS = (
         lambda its: f"the plan {_plan(its)!r} cannot run in a ring of {its.ring} processes: {why_no_ring(its.plan)}",
     ),
     Conflict(
+        "regions that make keys anew, over several processes", "refuse",
+        lambda its: its.regions and its.plan.regions.keys == "input" and config_of(its.targets[0].transformer),
+        lambda its: "regions with keys=input keep what goes into attention, of which each of several processes has a "
+        "part; take keys=full or keys=fp8, which each keeps for its own heads",
+    ),
+    Conflict(
         "one transformer of two is split", "refuse",
         lambda its: len({config_of(each.transformer) is None for each in its.targets}) == 2,
         lambda its: f"one of {' and '.join(each.name for each in its.targets)} is split over processes and one is not; "

@@ -398,11 +398,22 @@ class _Trajectory:
             call = target.family.named(target.transformer, args, kwargs)
             tokens = target.family.tokens(target.transformer, call)
             self._state.enter(target.name, target.family.timestep(call), tokens)
+            form: bridge.Form | None = None
+            others: list[torch.Tensor] = []
+
+            def compute() -> torch.Tensor:
+                nonlocal form, others
+                output = original(*args, **kwargs)
+                form = bridge.Form.of(output)
+                first, *others = bridge.parts_of(output)
+                return first
+
             try:
-                out = self._both(lambda: original(*args, **kwargs)[0])
+                out = self._both(compute)
             finally:
                 self._state.leave()
-            return bridge.output_like(target.transformer, out, kwargs.get("return_dict", True))
+            assert form is not None, "it has been computed"
+            return form.give([out, *(other.detach() for other in others)])
 
         return call
 
