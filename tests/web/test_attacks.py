@@ -211,5 +211,5 @@ def test_only_offered_models_may_be_named_from_elsewhere(tmp_path):
         with pytest.raises(ModelError, match="not offered here"):
             offered_model(there, name)
     for shared, name in ((there, str(tmp_path)), (replace(there, any_model=True), "/etc")):
-        with pytest.raises(ModelError, match="has no model_index.json"):
+        with pytest.raises(ModelError, match="has no model_index"):
             offered_model(shared, name)
