@@ -9,6 +9,7 @@ and a Chromium.
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
 import socket
 import sys
@@ -41,8 +42,8 @@ def make_clip(page: Page, size: int, steps: int, folder: Path) -> None:
     page.locator("#generate-steps input[type=number]").press("Tab")
     page.click("#generate-advanced button")
     page.click("#generate-start")
-    page.locator("#job-generate").get_by_text(f"step {max(1, steps // 2)}/{steps}").wait_for()
-    page.wait_for_selector("#job-generate img.job-preview")
+    late = re.compile(rf"step ({'|'.join(map(str, range(steps // 4, steps)))})/|Done in")
+    page.locator("#job-generate").get_by_text(late).first.wait_for()
     page.screenshot(path=folder / "generate_running.png")
     page.locator("#job-generate").get_by_text("Done in").wait_for()
     page.wait_for_selector("#generate-video video[src]")
