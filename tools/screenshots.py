@@ -44,6 +44,7 @@ def make_clip(page: Page, size: int, steps: int, folder: Path) -> None:
     page.click("#generate-start")
     late = re.compile(rf"step ({'|'.join(map(str, range(steps // 4, steps)))})/|Done in")
     page.locator("#job-generate").get_by_text(late).first.wait_for()
+    page.evaluate("scrollTo(0, 0)")
     page.screenshot(path=folder / "generate_running.png")
     page.locator("#job-generate").get_by_text("Done in").wait_for()
     page.wait_for_selector("#generate-video video[src]")
