@@ -72,21 +72,40 @@ def show_system(page: Page) -> None:
 
 
 def show_inspect(page: Page) -> None:
-    page.wait_for_selector("#inspect-title :not(:empty)")
+    """A head, and what a token of it sees; the clip is looked into first, if it was not yet."""
+    page.click("#inspect-map button[data-pick='2,1']")
+    page.wait_for_selector("#inspect-head img")
+    if page.locator("#inspect-record").count():
+        page.click("#inspect-record")
+    page.wait_for_selector("#inspect-film img")
+
+
+def show_search(page: Page) -> None:
+    """The latest search, if there is one."""
+    if page.input_value("#search-known input"):
+        page.wait_for_selector("#search-curve [data-pick]")
 
 
 def show_repaint(page: Page) -> None:
-    page.wait_for_selector("#repaint-editor canvas")
+    """A stroke over the middle, and what it will take."""
+    canvas = page.locator("#repaint-editor canvas").first
+    page.wait_for_timeout(3000)
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    assert box is not None
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(x - 40, y)
+    page.mouse.down()
+    for step in range(9):
+        page.mouse.move(x - 40 + 10 * step, y)
+    page.mouse.up()
+    page.wait_for_selector("#repaint-cost b")
 
 
 SHOWN = {
-    "generate": show_generate,
-    "compare": show_compare,
-    "inspect": show_inspect,
-    "repaint": show_repaint,
-    "gallery": show_gallery,
-    "system": show_system,
-}
+    "generate": show_generate, "compare": show_compare, "gallery": show_gallery, "system": show_system,
+    "inspect": show_inspect, "search": show_search, "repaint": show_repaint,
+}  # fmt: skip
 """What to wait for and to click in a tab, by its id; others are shown as they open."""
 
 
