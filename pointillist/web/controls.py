@@ -75,8 +75,8 @@ def draw(shared: Shared, first: Outline) -> dict[str, Any]:
             scale=3,
             min_width=120,
         )
-        made["dice"] = gr.Button("Random", size="sm", elem_id="generate-dice", scale=1)
-        made["again"] = gr.Button("Last", size="sm", elem_id="generate-again", scale=1)
+        made["dice"] = gr.Button("Random", size="sm", elem_id="generate-dice", scale=1, min_width=70)
+        made["again"] = gr.Button("Last", size="sm", elem_id="generate-again", scale=1, min_width=70)
     with gr.Group():
         made["speed"] = gr.Slider(
             0,
