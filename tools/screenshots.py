@@ -9,6 +9,7 @@ and a Chromium.
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
 import socket
 import sys
@@ -41,8 +42,9 @@ def make_clip(page: Page, size: int, steps: int, folder: Path) -> None:
     page.locator("#generate-steps input[type=number]").press("Tab")
     page.click("#generate-advanced button")
     page.click("#generate-start")
-    page.locator("#job-generate").get_by_text(f"step {max(1, steps // 2)}/{steps}").wait_for()
-    page.wait_for_selector("#job-generate img.job-preview")
+    late = re.compile(rf"step ({'|'.join(map(str, range(steps // 4, steps)))})/|Done in")
+    page.locator("#job-generate").get_by_text(late).first.wait_for()
+    page.evaluate("scrollTo(0, 0)")
     page.screenshot(path=folder / "generate_running.png")
     page.locator("#job-generate").get_by_text("Done in").wait_for()
     page.wait_for_selector("#generate-video video[src]")
@@ -70,21 +72,40 @@ def show_system(page: Page) -> None:
 
 
 def show_inspect(page: Page) -> None:
-    page.wait_for_selector("#inspect-title :not(:empty)")
+    """A head, and what a token of it sees; the clip is looked into first, if it was not yet."""
+    page.click("#inspect-map button[data-pick='2,1']")
+    page.wait_for_selector("#inspect-head img")
+    if page.locator("#inspect-record").count():
+        page.click("#inspect-record")
+    page.wait_for_selector("#inspect-film img")
+
+
+def show_search(page: Page) -> None:
+    """The latest search, if there is one."""
+    if page.input_value("#search-known input"):
+        page.wait_for_selector("#search-curve [data-pick]")
 
 
 def show_repaint(page: Page) -> None:
-    page.wait_for_selector("#repaint-editor canvas")
+    """A stroke over the middle, and what it will take."""
+    canvas = page.locator("#repaint-editor canvas").first
+    page.wait_for_timeout(3000)
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    assert box is not None
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(x - 40, y)
+    page.mouse.down()
+    for step in range(9):
+        page.mouse.move(x - 40 + 10 * step, y)
+    page.mouse.up()
+    page.wait_for_selector("#repaint-cost b")
 
 
 SHOWN = {
-    "generate": show_generate,
-    "compare": show_compare,
-    "inspect": show_inspect,
-    "repaint": show_repaint,
-    "gallery": show_gallery,
-    "system": show_system,
-}
+    "generate": show_generate, "compare": show_compare, "gallery": show_gallery, "system": show_system,
+    "inspect": show_inspect, "search": show_search, "repaint": show_repaint,
+}  # fmt: skip
 """What to wait for and to click in a tab, by its id; others are shown as they open."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ from pointillist.accel.plan import PlanError
 from pointillist.files import write_whole
 from pointillist.hardware.profile import profile_names
 from pointillist.pipelines.engine import Engine, Job
-from pointillist.pipelines.load import EMBEDDED_FRAMES, EMBEDDED_SIDES
-from pointillist.pipelines.outline import models_here
+from pointillist.pipelines.load import ModelError
+from pointillist.pipelines.outline import models_here, outline_of
 from pointillist.pipelines.points import read_points
 from pointillist.pipelines.search import SearchRequest
 from pointillist.pipelines.searches import Searches
@@ -33,7 +34,7 @@ QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
 def tab(engine: Engine, shared: Shared) -> None:
     """Draw the tab, and connect its events."""
-    searches = Searches(shared.outputs.folder / "searches")
+    searches, first = Searches(shared.outputs.folder / "searches"), outline_of("embedded")
     gr.Markdown(
         "A search runs the model densely, tries every pattern on every head, and finds which plan loses least at each "
         "speed. It takes as long as several dense clips, and goes on where it stopped."
@@ -47,10 +48,10 @@ def tab(engine: Engine, shared: Shared) -> None:
                 allow_custom_value=shared.any_model, elem_id="search-model",
             )  # fmt: skip
             with gr.Row():
-                width = _choice("Width", EMBEDDED_SIDES, "search-width")
-                height = _choice("Height", EMBEDDED_SIDES, "search-height")
+                width = _choice("Width", first.sides, "search-width")
+                height = _choice("Height", first.sides, "search-height")
             with gr.Row():
-                frames = _choice("Frames", EMBEDDED_FRAMES, "search-frames")
+                frames = _choice("Frames", first.lengths, "search-frames")
                 steps = _choice("Steps", (6, 10, 20, 30, 50), "search-steps")
             with gr.Accordion("More", open=False):
                 verify = gr.Checkbox(True, label="Run plans on another prompt, and correct predictions by it",
@@ -142,6 +143,7 @@ def tab(engine: Engine, shared: Shared) -> None:
         return [str(plan), gr.Tabs(selected="generate")]
 
     wish.change(lambda wish: _number_field(wish), wish, number, **QUIET)
+    model.change(_for_model, model, [width, height, frames], **QUIET)
     asked = [wish, number, model, width, height, frames, steps, verify, reuse, hardware]
     start.click(begin, asked, [*panel.begun, known], **QUIET)
     resume.click(go_on, known, [*panel.begun, known], **QUIET)
@@ -151,9 +153,20 @@ def tab(engine: Engine, shared: Shared) -> None:
     shared.page.load(lambda: _listed(searches, None), None, known, **QUIET)
 
 
-def _choice(label: str, values: tuple[int, ...], elem_id: str) -> gr.Dropdown:
+def _choice(label: str, values: Sequence[int], elem_id: str) -> gr.Dropdown:
     choices = [OWN, *map(str, values)]
-    return gr.Dropdown(choices, value=OWN, label=label, allow_custom_value=True, elem_id=elem_id, min_width=120)
+    return gr.Dropdown(choices, value=OWN, label=label, elem_id=elem_id, min_width=120)
+
+
+def _for_model(name: str) -> list[gr.Dropdown]:
+    """Width, height and frames that a model can make."""
+    try:
+        outline = outline_of(name)
+    except ModelError as error:
+        gr.Warning(str(error))
+        return [gr.skip()] * 3
+    each = (outline.sides, outline.sides, outline.lengths)
+    return [gr.Dropdown([OWN, *map(str, values)], value=OWN) for values in each]
 
 
 def _number_field(wish: str) -> gr.Number:
