@@ -65,7 +65,7 @@ def window_and_references(density: float) -> Plan:
     """In all steps and heads: `density` of the frames, a third of them references that move on."""
     return Plan(
         name=f"window and references at {density:.2f}", table=((Rule("tile", density, (("rotate", True),)),),),
-        schedule=Schedule(), block=64, break_even=False,
+        schedule=Schedule(), block=64, break_even=False, dense_first_frame=True,
     )  # fmt: skip
 
 

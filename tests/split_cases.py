@@ -76,13 +76,12 @@ CASES = {
     **{name: of(name) for name in LOOKING},
     "cache": Case(mixed(*STATIC), steps=10, how={"cache": "first_block:threshold=0.6"}),
     "cache of outputs": Case(mixed(*STATIC), steps=10, how={"cache": "rate:threshold=0.5,level=output"}),
-    "easy cache": Case("none", steps=10, how={"cache": "easy"}),
     "regions": Case(mixed(*STATIC, tail="pooled"), steps=8, how={"regions": "change:share=0.4,every=3"}),
     "regions of dynamic": Case(mixed(*DYNAMIC, tail="pooled"), steps=8, how={"regions": "change:share=0.3,every=3"}),
     "regions, fewer layers": Case(mixed(*STATIC), steps=8, how={"regions": "change:share=0.4,every=3,layers=0.5"}),
     "everything": Case(
-        mixed(*STATIC, tail="pooled"), steps=10, frames=9, size=80,
-        how={"regions": "change:share=0.4,every=3", "cache": "first_block:threshold=0.5"},
+        mixed(*STATIC, tail="pooled"), steps=14, frames=9, size=80,
+        how={"regions": "change:share=0.4,every=3,from=0.6", "cache": "first_block:threshold=100"},
     ),
 }  # fmt: skip
 
@@ -104,7 +103,7 @@ FOUR = {
     "four: dynamic": Case(mixed(*DYNAMIC, tail="pooled"), ulysses=4),
     "four: uneven": Case(
         mixed(*DYNAMIC, *STATIC[:3], tail="pooled"), ulysses=4, heads=7, size=80,
-        how={"regions": "change:share=0.4,every=3", "cache": "first_block:threshold=0.5"}, steps=8,
+        how={"regions": "change:share=0.4,every=3,from=0.6", "cache": "first_block:threshold=100"}, steps=14,
     ),
     "four: balanced": Case(
         mixed(*(Rule("tile", share) for share in (0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1))), ulysses=4, heads=8

@@ -50,6 +50,13 @@ def server(tmp_path_factory):
     from examples.ray_serve.server import app
 
     serve.run(app)
+    answered = 0  # on a busy machine the proxy needs a while to find the front
+    while answered < 3:
+        try:
+            answered = answered + 1 if ask("GET")[0] == 200 else 0
+        except (ValueError, OSError):
+            answered = 0
+        time.sleep(1)
     yield
     serve.shutdown()
     ray.shutdown()
