@@ -13,7 +13,7 @@ import torch
 TESTS = Path(__file__).parent
 
 
-def run_job(processes: int, module: str, names: list[str], folder: Path, seconds: float = 300) -> dict:
+def run_job(processes: int, module: str, names: list[str], folder: Path, seconds: float = 1200) -> dict:
     """Run `module.run_case(name)` for every name in each of so many processes, and give what rank 0 returned, by name;
     an exception's text where one was raised. Raises AssertionError if the job does not end in time."""
     port = free_port()

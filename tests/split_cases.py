@@ -7,6 +7,7 @@ import torch.distributed as dist
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLHunyuanVideo,
+    ContextParallelConfig,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
@@ -16,6 +17,7 @@ from diffusers import (
 
 import pointillist
 from conftest import make_pipe, make_transformer
+from pointillist.accel.parallel.errors import ParallelError
 from pointillist.accel.parallel.start import parallelize
 from pointillist.accel.plan import Plan, Rule
 from pointillist.accel.schedule import Schedule
@@ -37,6 +39,8 @@ class Case:
     family: str = "wan"
     text: int = 12
     """Tokens of the prompt."""
+    theirs: bool = False
+    """Whether it was Diffusers' own call that split it."""
 
 
 def mixed(*rules: Rule, **changes) -> Plan:
@@ -56,6 +60,7 @@ def of(pattern: str, **changes) -> Case:
 
 CASES = {
     "dense": Case(),
+    "split by Diffusers": Case(mixed(*STATIC), theirs=True),
     "static": Case(mixed(*STATIC)),
     "static with means": Case(mixed(*STATIC, tail="pooled")),
     "static with a residual": Case(mixed(*STATIC, tail="pooled", residual=True)),
@@ -74,6 +79,7 @@ CASES = {
     "easy cache": Case("none", steps=10, how={"cache": "easy"}),
     "regions": Case(mixed(*STATIC, tail="pooled"), steps=8, how={"regions": "change:share=0.4,every=3"}),
     "regions of dynamic": Case(mixed(*DYNAMIC, tail="pooled"), steps=8, how={"regions": "change:share=0.3,every=3"}),
+    "regions, fewer layers": Case(mixed(*STATIC), steps=8, how={"regions": "change:share=0.4,every=3,layers=0.5"}),
     "everything": Case(
         mixed(*STATIC, tail="pooled"), steps=10, frames=9, size=80,
         how={"regions": "change:share=0.4,every=3", "cache": "first_block:threshold=0.5"},
@@ -88,6 +94,7 @@ RING = {
     "ring: hoisted": Case(
         mixed(*STATIC[:3], Rule("tile", 0.2), hoist="tiles"), ring=2, ulysses=1
     ),
+    "ring: with a residual": Case(mixed(*STATIC, tail="pooled", residual=True), ring=2, ulysses=1),
     "ring: few pairs": Case(mixed(Rule("diagonal", 0.02), Rule("tile", 0.02), Rule("dense", 1.0), Rule("window", 0.1)),
                             ring=2, ulysses=1),
     "ring: cache": Case(mixed(*STATIC), steps=10, how={"cache": "first_block:threshold=0.6"}, ring=2, ulysses=1),
@@ -117,9 +124,19 @@ REFUSED = {
     "ring: regions": (
         Case(mixed(*STATIC), ring=2, ulysses=1, how={"regions": "easy"}), "regions keep the keys of all tokens"
     ),
+    "regions, keys anew": (
+        Case(mixed(*STATIC), steps=8, how={"regions": "change:share=0.4,every=3,keys=input"}), "take keys=full"
+    ),
     "heads": (Case(heads=1), "1 heads cannot be spread over 2"),
     "degrees": (Case(ulysses=4), "is 4, and this job has 2 processes"),
 }  # fmt: skip
+DISAGREEING = {
+    "another prompt": "input encoder_hidden_states",
+    "another seed": "input hidden_states",
+    "another plan": "plan .rank 0: uniform window at 0.5",
+    "more steps": "number of steps .rank 0: 2; rank 1: 3",
+}
+"""What the second process does in another way, and what both then say."""
 ALL = CASES | RING | FOUR | FOUR_IN_RINGS | {name: case for name, (case, _) in REFUSED.items()}
 
 
@@ -160,10 +177,17 @@ ALL |= JOINT | JOINT_RING | JOINT_FOUR | JOINT_FOUR_IN_RINGS
 
 def run_case(name: str):
     """The latents and the report's figures of one case, split if there are several processes."""
+    if name in DISAGREEING:
+        return disagree(name)
     case = ALL[name]
     torch.manual_seed(7)
     pipe, arguments = {"wan": wan, "flux": flux, "hunyuan": hunyuan}[case.family](case)
-    if dist.is_initialized():
+    if dist.is_initialized() and case.theirs:
+        torch.accelerator.device_count = lambda: 1  # by which it divides
+        pipe.transformer.enable_parallelism(
+            config=ContextParallelConfig(ulysses_degree=case.ulysses, ring_degree=case.ring)
+        )
+    elif dist.is_initialized():
         parallelize(pipe, case.ulysses, case.ring)
     with pointillist.accelerate(pipe, case.plan, **{"cache": "none", "regions": "none"} | case.how) as handle:
         out = pipe(
@@ -174,9 +198,33 @@ def run_case(name: str):
     return out, report.steps, report.density
 
 
+def disagree(how: str) -> str:
+    """What this process raises, with what the other one raises behind it."""
+    other = dist.get_rank() == 1
+    torch.manual_seed(7)
+    pipe, arguments = wan(Case())
+    parallelize(pipe, 2)
+    if other and how == "another prompt":
+        arguments["prompt_embeds"] = arguments["prompt_embeds"] + 1
+    plan = Plan.uniform("window", 0.3 if other and how == "another plan" else 0.5, block=8)
+    seed = 6 if other and how == "another seed" else 5
+    said = ""
+    try:
+        with pointillist.accelerate(pipe, plan):
+            pipe(
+                height=64, width=64, num_inference_steps=3 if other and how == "more steps" else 2,
+                generator=torch.Generator().manual_seed(seed), output_type="latent", **arguments,
+            )  # fmt: skip
+    except ParallelError as error:
+        said = str(error)
+    all_said = ["", ""]
+    dist.all_gather_object(all_said, said)
+    return "\n".join(all_said)
+
+
 def wan(case: Case):
-    pipe = make_pipe(transformer=make_transformer(num_attention_heads=case.heads, layers=3))
     texts = torch.randn(2, 1, case.text, 32)
+    pipe = make_pipe(transformer=make_transformer(num_attention_heads=case.heads, layers=3))
     return pipe, dict(
         prompt_embeds=texts[0], negative_prompt_embeds=texts[1], num_frames=case.frames, guidance_scale=3.0
     )

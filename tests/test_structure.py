@@ -16,6 +16,7 @@ MAY_IMPORT = {
     "kernels": set(),
     "hardware": set(),
     "accel": {"kernels", "hardware"},
+    "integrations": {"kernels", "accel"},
     "search": {"kernels", "hardware", "accel"},
     "pipelines": {"kernels", "hardware", "accel", "search"},
     "web": {"pipelines", "metrics"},

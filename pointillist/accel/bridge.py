@@ -284,7 +284,10 @@ def caching_hooks(transformer: torch.nn.Module) -> list[str]:
         registry = getattr(module, "_diffusers_hook", None)
         names.update(registry.hooks if registry is not None else ())
     words = ("cache", "fbc_", "pyramid_attention_broadcast", "taylorseer")
-    return sorted(name for name in names if any(word in name for word in words))
+    found = {name for name in names if any(word in name for word in words)}
+    if not found and getattr(transformer, "is_cache_enabled", False):  # one that has hooked nothing yet
+        found.add(type(getattr(transformer, "_cache_config", None)).__name__)
+    return sorted(found)
 
 
 @dataclass(frozen=True)

@@ -155,7 +155,7 @@ CONFLICTS = (
     ),
     Conflict(
         "keys made anew beside text", "refuse",
-        lambda its: its.regions and its.plan.regions.keys == "input"  # type: ignore[union-attr]
+        lambda its: its.plan is not None and its.plan.regions is not None and its.plan.regions.keys == "input"
         and any(each.family.TEXT != "none" for each in its.targets),
         lambda its: f"keys='input' makes keys anew from the image's hidden states, but {_classes(its)} attends to text "
         "as well; take keys='fp8' or 'full'",
@@ -183,6 +183,13 @@ CONFLICTS = (
         "a plan that a ring cannot carry out", "refuse",
         lambda its: its.ring > 1 and why_no_ring(its.plan),
         lambda its: f"the plan {_plan(its)!r} cannot run in a ring of {its.ring} processes: {why_no_ring(its.plan)}",
+    ),
+    Conflict(
+        "regions that make keys anew, over several processes", "refuse",
+        lambda its: its.plan is not None and its.plan.regions is not None and its.plan.regions.keys == "input"
+        and config_of(its.targets[0].transformer),
+        lambda its: "regions with keys=input keep what goes into attention, of which each of several processes has a "
+        "part; take keys=full or keys=fp8, which each keeps for its own heads",
     ),
     Conflict(
         "one transformer of two is split", "refuse",

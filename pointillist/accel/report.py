@@ -59,6 +59,8 @@ class Record:
     """And how many were expected, before anything was kept."""
     ages: dict[int, torch.Tensor] = field(default_factory=dict)
     """[B, N] by step: for how many steps each token had not been computed, where regions are sampled."""
+    balance: tuple[float, float] | None = None
+    """Where heads are spread over processes: what the busiest has to do, over the mean, before and after spreading."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,9 @@ class Report:
     refreshed: tuple[float, ...] = ()
     """In what share of the steps each token was computed, likewise."""
     grid: Grid = (0, 0, 0)
+    balance: tuple[float, float] | None = None
+    """What the busiest of several processes has to do, over the mean of all: with the heads in the model's order, and
+    as they were spread. None where one process has all heads."""
     heads: int = 0
     """Of a site."""
     step_seconds: tuple[float, ...] = ()
@@ -129,10 +134,16 @@ class Report:
             ("", f"{self.density_overall:.3f} over all calls"),
             ("attention", f"{self.attention_seconds:.2f} s of {self.denoise_seconds:.2f} s of denoising"),
             *([("cache", f"{self.cache}: {self.skipped:.0%} of the steps reused")] if self.cache else []),
+            *([("heads", _spread(self.balance))] if self.balance else []),
             *(("memory", f"{part}: {size(count)}") for part, count in self.held.items()),
             *(("fallback", reason) for reason in self.fallbacks),
         ]
         return "\n".join(f"{name:<10} {value}" for name, value in rows)
+
+
+def _spread(balance: tuple[float, float]) -> str:
+    before, after = balance
+    return f"the busiest process has {after:.2f}× the mean to do; {before:.2f}× in the model's own order"
 
 
 def make_report(record: Record, plan: str, plan_source: str, dense_backend: tuple[str, str]) -> Report:
@@ -178,6 +189,7 @@ def make_report(record: Record, plan: str, plan_source: str, dense_backend: tupl
         heads=record.heads,
         step_seconds=tuple(seconds_between(begin, end) for begin, end in pairwise(moments)),
         call_seconds=_call_seconds(record),
+        balance=record.balance,
         ages={step: tuple(age.long().flatten().bincount().tolist()) for step, age in record.ages.items()},
     )
 

@@ -17,7 +17,7 @@ from pointillist.accel.regions import keys
 from pointillist.accel.report import AttentionCall, Record
 from pointillist.accel.run_state import RunState
 from pointillist.accel.sequence import NotTheGridError, Sequence, sequence_of
-from pointillist.accel.tails import attend, attend_blocks, remember_kept_mass, remember_loss
+from pointillist.accel.tails import attend, attend_blocks, remember_kept_mass, remember_loss, with_loss
 from pointillist.accel.tiles import Grid, Segment
 from pointillist.accel.timing import now
 from pointillist.kernels import BREAK_EVEN, choose_backend
@@ -146,14 +146,15 @@ class Site:
             return out
         kind = "dense" if plan is None else plan.schedule.kind(state.step, state.sigmas)
         lies, why = self._sequence(plan, kind, q, k, mask)
-        if plan is None or (kind == "dense" and (self.ring is not None or not before_sparse(plan, state))):
+        if plan is None or (kind == "dense" and not before_sparse(plan, state)):
             out = self._all_pairs(q, k, v, scale, mask, lies)
         elif kind == "dense":
             out = self._all_pairs(q, k, v, scale, mask, lies)
             if lies is not None:
                 for each in self._groups_to_come(plan, lies, q):
                     call = self._call(plan, each, lies, q, k, v, scale)
-                    self._learn(plan, each, call, lies.into(out).transpose(1, 2))
+                    seen = out if self.ring is not None else lies.into(out)
+                    self._learn(plan, each, call, seen.transpose(1, 2))
         elif lies is None or (groups := self._groups(plan, lies, q, state.step)) is None:
             out = self._all_pairs(q, k, v, scale, mask, lies)  # sparse, or to be cached with nothing to reuse
             self._note_fallback(plan, q, why)
@@ -348,7 +349,7 @@ class Site:
             kept = _kept(self._rules(plan, call.step))
             self._keys().update({"laid": (laid, groups), "kept": kept, "block of token": _blocks_of_tokens(laid, call)})
         if self.ring is not None:
-            return self.ring.sparse(call, laid, plan.tail).transpose(1, 2), laid.density
+            return with_loss(call, self.ring.sparse(call, laid, plan.tail)).transpose(1, 2), laid.density
         out = attend(call, laid, plan.tail, plan.quantized)
         for group in groups:
             if _finishes(group.pattern):
@@ -370,7 +371,8 @@ class Site:
             if plan.tail == "rescaled":
                 remember_kept_mass(call, laid, out)
             if plan.residual:
-                remember_loss(call, laid, out, plan.tail, plan.quantized)
+                sparse = None if self.ring is None else self.ring.sparse(call, laid, plan.tail)
+                remember_loss(call, laid, out, plan.tail, plan.quantized, sparse)
 
     def _lay_out(self, plan: Plan, groups: tuple[Group, ...], call: Call) -> Laid:
         parts = [(group, self._selection(plan, group, call)) for group in groups]

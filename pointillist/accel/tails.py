@@ -33,16 +33,23 @@ def attend(call: Call, laid: Laid, tail: str, quantized: str = "none") -> torch.
     What `remember_loss` has put into the call's memory is added, with a weight that falls from 1 at the dense step to 0
     behind the last one: what a step loses resembles the loss of the steps before it.
     """
-    out = _attend(call, laid, tail, quantized)
+    return with_loss(call, _attend(call, laid, tail, quantized))
+
+
+def with_loss(call: Call, out: torch.Tensor) -> torch.Tensor:
+    """The output [B, H, S, D] and what was lost at the last dense step, if that was remembered."""
     if "lost output" not in call.memory:
         return out
     weight = (call.steps - call.step) / (call.steps - call.memory["lost at"])
     return torch.add(out, call.memory["lost output"], alpha=weight)
 
 
-def remember_loss(call: Call, laid: Laid, out: torch.Tensor, tail: str, quantized: str = "none") -> None:
-    """Keep what `attend` loses of the output `out` [B, H, S, D] of a dense step: as much memory as q."""
-    lost = out - _attend(call, laid, tail, quantized)
+def remember_loss(
+    call: Call, laid: Laid, out: torch.Tensor, tail: str, quantized: str = "none", sparse: torch.Tensor | None = None
+) -> None:
+    """Keep what `attend` loses of the output `out` [B, H, S, D] of a dense step: as much memory as q. `sparse` is what
+    it gives, if that is known."""
+    lost = out - (_attend(call, laid, tail, quantized) if sparse is None else sparse)
     call.memory["lost output"] = lost.masked_fill(~_has_tail(laid, call)[..., None], 0)
     call.memory["lost at"] = call.step
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import typer
 
+from pointillist.accel.parallel.errors import ParallelError
 from pointillist.cli import app as web_app
 from pointillist.cli import bench, compare, env, generate, plan, repaint, search
 from pointillist.pipelines.failures import explain
@@ -57,6 +58,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
         usage = isinstance(error, ValueError) and not isinstance(error, (PlanError, ModelError, SearchError))
         return _fail(explain(error), 2 if usage else 1)
+    except ParallelError as error:
+        return _fail(str(error), 1)
     except Exception as error:
         if os.environ.get("POINTILLIST_DEBUG") == "1":
             raise
@@ -64,5 +67,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"pointillist: {message}", file=sys.stderr)
+    rank = os.environ.get("RANK")
+    who = "pointillist" if rank is None else f"pointillist, rank {rank}"
+    print(f"{who}: {message}", file=sys.stderr)
     return code

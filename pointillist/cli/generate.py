@@ -11,11 +11,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from pointillist.accel.parallel.job import this_job
 from pointillist.accel.patterns import PATTERNS
 from pointillist.cli.progress import show_progress, watch
 from pointillist.pipelines.embedded.vocabulary import KNOWN_WORDS, unknown_words
 from pointillist.pipelines.engine import Engine
-from pointillist.pipelines.generate import GenerateRequest, GenerateResult
+from pointillist.pipelines.generate import GenerateRequest, GenerateResult, generate
+from pointillist.pipelines.remote import RemoteWork
 
 
 def command(
@@ -67,6 +69,15 @@ def command(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, …")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     download: Annotated[bool, typer.Option("--download", help="Allow fetching a Hub id from the network.")] = False,
+    remote: Annotated[
+        str | None, typer.Option(help="URL of a vLLM-Omni or SGLang server that makes the clip, in its own ways.")
+    ] = None,
+    ulysses: Annotated[
+        int, typer.Option(help="Under torchrun: so many processes exchange heads. Times --ring, all processes.")
+    ] = 1,
+    ring: Annotated[
+        int, typer.Option(help="Under torchrun: so many groups show each other their keys; for patterns of the grid.")
+    ] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Generate a clip from PROMPT, accelerated."""
@@ -74,15 +85,23 @@ def command(
         prompt=prompt, output=output, model=model, negative_prompt=negative_prompt, steps=steps, seed=seed,
         width=width, height=height, frames=frames, guidance=guidance, shift=shift, fps=fps, speed=speed, plan=plan,
         pattern=pattern, density=density, options=tuple(option or ()), tail=tail, dense=dense, cache=cache,
-        regions=regions, compare=compare, keep=keep, device=device, dtype=dtype, download=download,
+        regions=regions, compare=compare, keep=keep, device=device, dtype=dtype, download=download, ulysses=ulysses,
+        ring=ring,
     )  # fmt: skip
     quieten()
-    _hint_at_words(request)
+    if this_job().rank:  # the first process of a job speaks for all
+        generate(request)
+        return
+    if remote is None:
+        _hint_at_words(request)
     console = Console(stderr=True)
-    with Engine() as engine, show_progress(console) as show:
+    with Engine(None if remote is None else RemoteWork(remote)) as engine, show_progress(console) as show:
         result = watch(engine.submit(request), show)
     if as_json:
         print(json.dumps(result.facts, allow_nan=False))
+    elif remote is not None:
+        print(f"made by {result.facts['remote']['server']} in {result.facts['seconds']['total']:.1f} s")
+        print_files(result)
     else:
         _print_summary(result)
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pointillist.accel.parallel.job import this_job
 from pointillist.accel.patterns import pattern_class
 from pointillist.accel.plan import Plan, PlanError, Rule
 from pointillist.accel.regions.policy import Regions
@@ -17,6 +17,7 @@ from pointillist.accel.schedule import Schedule
 from pointillist.accel.step_cache.policy import Caching
 from pointillist.accel.step_cache.table import CacheTable, is_table
 from pointillist.pipelines.events import Phase, Progress, Step, silent
+from pointillist.pipelines.job import check_degrees, device_of, seed_of, together
 from pointillist.pipelines.kept import Kept, check_kept_file, save_kept
 from pointillist.pipelines.video import Clip, check_format, check_output, write_clips
 
@@ -81,6 +82,9 @@ class GenerateRequest:
     download: bool = False
     warm_up: bool = True
     """Run one untimed step first, so that the times are those of any later run."""
+    ulysses: int = 1
+    ring: int = 1
+    """`ulysses · ring` processes, started by torchrun, make the clip together."""
 
     def __post_init__(self) -> None:
         if not self.prompt.strip():
@@ -123,6 +127,7 @@ class GenerateRequest:
             raise ValueError(
                 "--speed exact computes everything, so it cannot stand beside --cache or --regions; leave them out"
             )
+        check_degrees(self.ulysses, self.ring)
         if self.dtype is not None and self.dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"dtype {self.dtype!r} is unknown; allowed are float32, bfloat16, float16")
 
@@ -171,9 +176,16 @@ def generate(request: GenerateRequest, progress: Progress = silent, load: Load |
     started = time.perf_counter()
     progress(Phase("loading the model"))
     pipe, plan, call = prepare(request, load)
-    seed = request.seed if request.seed is not None else secrets.randbelow(2**31)
     loaded = time.perf_counter() - started
+    with together(pipe, request.ulysses, request.ring) as job:
+        return _carry_out(request, pipe, plan, call, loaded, progress if job.rank == 0 else silent)
 
+
+def _carry_out(
+    request: GenerateRequest, pipe: Any, plan: Any, call: dict[str, Any], loaded: float, progress: Progress
+) -> GenerateResult:
+    """With everything checked and loaded. The first process of a job writes the files; others give a result without."""
+    seed = seed_of(request.seed)
     warm_up = request.warm_up
     dense = (
         run_once(pipe, "none", call, seed, progress, "dense", request.dense, warm_up=warm_up)
@@ -187,6 +199,8 @@ def generate(request: GenerateRequest, progress: Progress = silent, load: Load |
     )
     facts = describe(request, call, seed, fast, dense)
     facts["load_seconds"] = round(loaded, 3)
+    if this_job().rank:
+        return GenerateResult(request.output, rounded(facts))
 
     progress(Phase("writing"))
     kept = None
@@ -219,7 +233,9 @@ def prepare(request: GenerateRequest, load: Load | None = None) -> tuple[Any, An
     if request.plan not in (None, "auto", "none"):
         Plan.load(request.plan)  # a bad file is told before a model is loaded
     dtype = getattr(torch, request.dtype) if request.dtype else None
-    pipe = (load or load_pipeline)(request.model, dtype=dtype, device=request.device, download=request.download)
+    pipe = (load or load_pipeline)(
+        request.model, dtype=dtype, device=device_of(request.device), download=request.download
+    )
     targets_of(pipe, sparse=request.plan != "none")
     chosen = {
         "height": request.height, "width": request.width, "num_frames": request.frames,
@@ -374,6 +390,10 @@ def describe(request: GenerateRequest, call: dict[str, Any], seed: int, fast: Ru
         "fallbacks": list(report.fallbacks),
         "request": {name: getattr(request, name) for name in ASKED},
     }  # fmt: skip
+    if this_job().processes > 1:
+        facts["processes"] = {"ulysses": request.ulysses, "ring": request.ring}
+        if report.balance is not None:
+            facts["balance"] = dict(zip(("before", "after"), report.balance, strict=True))
     if dense is not None:
         from pointillist.metrics import compare
 

@@ -35,7 +35,8 @@ CONTROLS = (
 
 def draw(shared: Shared, first: Outline) -> dict[str, Any]:
     """Draw them; by name. Beside those of `CONTROLS` some that act on them."""
-    call, made = first.call, {}
+    call = first.call
+    made: dict[str, Any] = {}
     made["model"] = gr.Dropdown(
         list(dict.fromkeys([*models_here(), *shared.models])), value="embedded", label="Model",
         elem_id="generate-model", allow_custom_value=shared.any_model,

@@ -9,6 +9,7 @@ import gradio as gr
 
 from pointillist.accel.plan import PlanError
 from pointillist.files import write_whole
+from pointillist.hardware.profile import profile_names
 from pointillist.pipelines.engine import Engine, Job
 from pointillist.pipelines.load import EMBEDDED_FRAMES, EMBEDDED_SIDES
 from pointillist.pipelines.outline import models_here
@@ -24,6 +25,7 @@ from pointillist.web.pick import picked, picker
 from pointillist.web.shared import Shared
 
 OWN = "the model's own"
+HERE = "this machine"
 FASTER, BETTER = "so many times as fast", "at least so many dB"
 NAMED = {"quality (little is lost)": "quality", "balanced": "balanced", "fast": "fast"}
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
@@ -53,6 +55,7 @@ def tab(engine: Engine, shared: Shared) -> None:
             with gr.Accordion("More", open=False):
                 verify = gr.Checkbox(True, label="Run plans on another prompt, and correct predictions by it",
                                      elem_id="search-verify")  # fmt: skip
+                hardware = gr.Dropdown([HERE, *profile_names()], value=HERE, label="For", elem_id="search-hardware")
                 reuse = gr.Checkbox(True, label="Steps may reuse what others computed", elem_id="search-reuse")
             start = gr.Button("Search", variant="primary", elem_id="search-start")
             panel_place = gr.Column()
@@ -85,7 +88,7 @@ def tab(engine: Engine, shared: Shared) -> None:
         path = str(found[number][1]) if number is not None else None
         return [
             charts.curve(points, number), words, gr.Button(visible=able), gr.DownloadButton(visible=able, value=path),
-            number, gr.Button("Go on with it", visible=not over and not _at_work(engine, folder)),
+            number, gr.Button("Go on with it", visible=not over),
         ]  # fmt: skip
 
     def finished(job: Job) -> list[Any]:
@@ -98,7 +101,7 @@ def tab(engine: Engine, shared: Shared) -> None:
         panel = JobPanel(engine, shared, "search", finished, [known, *shown], progressed)
 
     def begin(wish: str, number: float, model: str, *rest: Any) -> list[Any]:
-        width, height, frames, steps, verify, reuse = rest
+        width, height, frames, steps, verify, reuse, hardware = rest
         try:
             if model not in models_here() and model not in shared.models and not shared.any_model:
                 raise ValueError(f"the model {model!r:.80} is not offered here")
@@ -106,13 +109,18 @@ def tab(engine: Engine, shared: Shared) -> None:
             sizes = {"width": width, "height": height, "frames": frames, "steps": steps}
             asked |= {name: _number(name, value) for name, value in sizes.items()}
             shared.outputs.new()  # refuses if there is no room
-            return submit(searches.new(model=model.strip(), verify=bool(verify), cache=bool(reuse), **asked))
+            asked |= {"verify": bool(verify), "cache": bool(reuse)}
+            asked["hardware"] = hardware if hardware in profile_names() else "auto"
+            return submit(searches.new(model=model, **asked))
         except (ValueError, OSError) as error:
             return [*panel.refuse(str(error)), gr.skip()]
 
-    def go_on(name: str) -> list[Any]:
+    def go_on(name: str | None) -> list[Any]:
         try:
-            return submit(searches.request(name))
+            request = searches.request(name or "")
+            if _at_work(engine, request.folder):
+                raise ValueError("this search is at work, or waits for its turn")
+            return submit(request)
         except (ValueError, OSError) as error:
             return [*panel.refuse(str(error)), gr.skip()]
 
@@ -134,7 +142,7 @@ def tab(engine: Engine, shared: Shared) -> None:
         return [str(plan), gr.Tabs(selected="generate")]
 
     wish.change(lambda wish: _number_field(wish), wish, number, **QUIET)
-    asked = [wish, number, model, width, height, frames, steps, verify, reuse]
+    asked = [wish, number, model, width, height, frames, steps, verify, reuse, hardware]
     start.click(begin, asked, [*panel.begun, known], **QUIET)
     resume.click(go_on, known, [*panel.begun, known], **QUIET)
     known.change(show, known, shown, **QUIET)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from pointillist.accel.parallel import engine
-from pointillist.accel.parallel.engine import ParallelError
+from pointillist.accel.parallel.errors import ParallelError
 
 WAIT = timedelta(seconds=60)
 """So long a process waits for another one to say what it is about to do."""
@@ -18,9 +18,9 @@ WAIT = timedelta(seconds=60)
 class Agreement:
     """Between the processes that share a video. Talks over CPUs: nothing waits for a GPU."""
 
-    def __init__(self, config: Any, wait: timedelta = WAIT) -> None:
+    def __init__(self, config: Any, wait: timedelta | None = None) -> None:
         self._ranks = dist.get_process_group_ranks(engine.process_group(config))
-        self._group = dist.new_group(self._ranks, timeout=wait, backend="gloo")
+        self._group = dist.new_group(self._ranks, timeout=wait or WAIT, backend="gloo")
 
     def check(self, facts: Mapping[str, Any]) -> None:
         """Raises ParallelError on every process unless all of them say the same `facts`."""

@@ -19,10 +19,12 @@ STEPS = 100
 
 @dataclass(frozen=True)
 class Balance:
-    """Of one layer: the slowest process's cost over the mean, in the model's own order and as spread."""
+    """The cost of the process that has most to do, over the mean of all: how much longer than needed a layer takes."""
 
     before: float
+    """With the heads in the model's own order."""
     after: float
+    """As they are spread."""
 
 
 def head_counts(heads: int, processes: int) -> list[int]:
@@ -55,12 +57,16 @@ def spread(costs: Sequence[float], processes: int) -> tuple[int, ...]:
 
 
 def imbalance(costs: Sequence[float], order: Sequence[int], processes: int) -> float:
-    """The cost of the process that has most to do, over the mean of all."""
+    """The cost of the process that has most to do, over the mean of all; 1 where there is nothing to do."""
+    return _most(costs, order, processes) * processes / (sum(costs) or processes)
+
+
+def _most(costs: Sequence[float], order: Sequence[int], processes: int) -> float:
     loads, start = [], 0
     for count in head_counts(len(costs), processes):
         loads.append(sum(costs[head] for head in order[start : start + count]))
         start += count
-    return max(loads) * processes / sum(loads)
+    return max(loads)
 
 
 def head_costs(plan: Plan | None, layer: int, heads: int, transformer: str, sigmas: Sequence[float]) -> list[float]:
@@ -84,12 +90,18 @@ def each_head(rules: Sequence[Rule], heads: int) -> tuple[Rule, ...]:
     return tuple(rules) * heads if len(rules) == 1 else tuple(rules)
 
 
-def balance_of(plan: Plan, layers: int, heads: int, processes: int, transformer: str = "transformer") -> list[Balance]:
-    """Of every layer, over a schedule of many steps. Raises ValueError where heads cannot be spread so."""
-    found = []
+def balance_of(
+    plan: Plan | None, layers: int, heads: int, processes: int, transformer: str, sigmas: Sequence[float] = ()
+) -> Balance:
+    """Of all layers one after the other, as processes meet in each. Raises ValueError where heads cannot be spread so.
+
+    Args:
+        sigmas: of all steps; a schedule of many steps where they are not known.
+    """
+    before = after = mean = 0.0
     for layer in range(layers):
-        costs = head_costs(plan, layer, heads, transformer, ())
-        found.append(
-            Balance(imbalance(costs, range(heads), processes), imbalance(costs, spread(costs, processes), processes))
-        )
-    return found
+        costs = head_costs(plan, layer, heads, transformer, sigmas)
+        before += _most(costs, range(heads), processes)
+        after += _most(costs, spread(costs, processes), processes)
+        mean += sum(costs) / processes
+    return Balance(before / mean, after / mean)

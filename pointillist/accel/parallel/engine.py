@@ -8,6 +8,7 @@ keys of one process after the other.
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -23,7 +24,9 @@ from diffusers.models.attention_dispatch import (
     TemplatedRingAttention,
     _templated_context_parallel_attention,
 )
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
+from pointillist.accel.parallel.errors import ParallelError
 from pointillist.accel.parallel.tokens import part_sizes
 
 Config = Any
@@ -33,23 +36,22 @@ AttendChunk = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], tuple[to
 """(number of the rank whose keys they are, q, k, v) → output [B, S, H, D] and float32 log-sum-exp [B, S, H]."""
 
 
-class ParallelError(RuntimeError):
-    """The processes of a job cannot go on together: which, and why."""
-
-
 def make_config(ulysses: int, ring: int) -> Config:
     """Of `ulysses · ring` processes, which are running (see `start`)."""
     return ContextParallelConfig(ulysses_degree=ulysses, ring_degree=ring)
 
 
-def set_config(transformer: Any, config: Config, device: torch.device) -> None:
-    """What `enable_parallelism` does first: the mesh, noted on the model. That method divides by the number of GPUs."""
+def set_config(transformer: Any, config: Config, device: torch.device, answer: timedelta) -> None:
+    """What `enable_parallelism` does first: the mesh, noted on the model. That method divides by the number of GPUs.
+    Exchanges that take longer than `answer` fail."""
     mesh = config.mesh or dist.device_mesh.init_device_mesh(
         device.type, config.mesh_shape, mesh_dim_names=config.mesh_dim_names
     )
     parallel = ParallelConfig(context_parallel_config=config)
     parallel.setup(dist.get_rank(), dist.get_world_size(), device, mesh=mesh)
     transformer._parallel_config = parallel
+    for part in ("all", "ulysses", "ring"):
+        _set_pg_timeout(answer, process_group(config, part))
 
 
 def config_of(transformer: Any) -> Config | None:
@@ -190,5 +192,5 @@ def telling() -> Iterator[None]:
 
 
 def _is_of_the_network(error: RuntimeError) -> bool:
-    words = ("gloo", "nccl", "connection", "timed out", "timeout", "peer")
-    return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in words)
+    words = ("connection", "timed out", "timeout", "broken pipe", "communicator was aborted")
+    return isinstance(error, dist.DistNetworkError) or any(word in str(error).lower() for word in words)

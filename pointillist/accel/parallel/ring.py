@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from pointillist.accel.layouts import Laid
 from pointillist.accel.parallel import engine
+from pointillist.accel.parallel.errors import ParallelError
 from pointillist.accel.parallel.tokens import tokens_of_ring_rank
 from pointillist.accel.patterns.pattern import Call
 from pointillist.accel.sequence import Sequence
@@ -57,7 +58,7 @@ class Ring:
         """Of all pairs but those with padding; q, k, v and the output are [B, n, H, D]. Raises ParallelError for a mask
         that says something else than which keys at the end are padding."""
         if mask is not None and (lies is None or lies.order is not None):
-            raise engine.ParallelError(
+            raise ParallelError(
                 f"attention has a mask {list(mask.shape)}, of which a ring knows only padding at the end; take ulysses "
                 "alone"
             )

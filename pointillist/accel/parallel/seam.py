@@ -13,6 +13,7 @@ import torch
 
 from pointillist.accel import bridge
 from pointillist.accel.parallel import engine
+from pointillist.accel.parallel.errors import ParallelError
 from pointillist.accel.parallel.tokens import part_sizes, tokens_in_a_row
 
 
@@ -69,7 +70,7 @@ class Seam:
                 f"a {type(transformer).__name__} cannot be split over processes; known are {', '.join(JOINTS)}"
             )
         self.config, self._joint = config, joint
-        self._blocks = [block for blocks in lists.values() for block in blocks]
+        self.blocks = [block for blocks in lists.values() for block in blocks]
         ulysses, ring = engine.degrees(config)
         self.parts = ulysses * ring
         self.lengths: tuple[int, ...] = ()
@@ -81,9 +82,9 @@ class Seam:
 
     def install(self) -> Callable[[], None]:
         """Returns the undo."""
-        first, last = self._blocks[0], self._blocks[-1]
+        first, last = self.blocks[0], self.blocks[-1]
         hooks = [first.register_forward_pre_hook(self._split, with_kwargs=True)]
-        hooks += [block.register_forward_pre_hook(self._take_arguments, with_kwargs=True) for block in self._blocks]
+        hooks += [block.register_forward_pre_hook(self._take_arguments, with_kwargs=True) for block in self.blocks]
         hooks.append(last.register_forward_hook(self._gather))
 
         def undo() -> None:
@@ -133,10 +134,10 @@ class Seam:
     def _check_lengths(self) -> None:
         ulysses, ring = engine.degrees(self.config)
         if least := [n for n in self.lengths if n < self.parts]:
-            raise engine.ParallelError(f"{least[0]} tokens cannot be split over {self.parts} processes; take fewer")
+            raise ParallelError(f"{least[0]} tokens cannot be split over {self.parts} processes; take fewer")
         uneven = any(n % self.parts for n in self.lengths)
         if uneven and ulysses > 1 and ring > 1:
-            raise engine.ParallelError(
+            raise ParallelError(
                 f"{' and '.join(map(str, self.lengths))} tokens do not divide by {self.parts} processes, which a ring "
                 "of Ulysses groups needs; take --ulysses or --ring alone, or another size"
             )

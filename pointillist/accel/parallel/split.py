@@ -8,7 +8,7 @@ import torch
 
 from pointillist.accel.parallel import engine
 from pointillist.accel.parallel.agreement import Agreement, checksum
-from pointillist.accel.parallel.balance import head_counts
+from pointillist.accel.parallel.balance import balance_of, head_counts
 from pointillist.accel.parallel.engine import config_of, degrees
 from pointillist.accel.parallel.seam import Seam
 from pointillist.accel.parallel.share import Share
@@ -73,9 +73,15 @@ class Split:
         self._greeted.clear()
 
     def end_generation(self) -> None:
-        """The densities of the record are those of this process's heads: make them those of all heads."""
+        """The densities of the record are those of this process's heads: make them those of all heads. And how evenly
+        heads were spread."""
+        layers, state = len(self.seam.blocks), self._runtime.state
+        if (ulysses := engine.degrees(self.seam.config)[0]) > 1:
+            found = balance_of(self._runtime.plan, layers, self._heads, ulysses, state.expert, state.sigmas)
+            self._runtime.record.balance = (found.before, found.after)
         record, counts = self._runtime.record, head_counts(self._heads, engine.degrees(self.seam.config)[0])
         ring = engine.degrees(self.seam.config)[1]
+        record.heads = self._heads
         of_sites = [call.density for call in record.calls if call.density is not None]
         mine = [float(density) for density in of_sites]
         all_said = self._runtime.agreement.lists_of(mine)
@@ -114,8 +120,6 @@ def why_no_ring(plan: Plan | None) -> str:
         return "the pattern skip has the last word on its rows, which parts of a ring do not know; take ulysses alone"
     if plan.tail not in ("none", "pooled"):
         return f"the tail {plan.tail!r} is of whole rows of the attention matrix; take the tail none or pooled"
-    if plan.residual:
-        return "a residual is what whole rows lost; take a plan without it, or ulysses alone"
     if plan.quantized != "none":
         return f"quantized={plan.quantized!r} has no log-sum-exp to merge parts by; take quantized='none'"
     if plan.regions is not None:

@@ -1,7 +1,5 @@
 """From a process that torchrun started to one that shares a pipeline with the others."""
 
-import os
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -12,33 +10,20 @@ from pointillist.accel.parallel import engine
 from pointillist.accel.parallel.balance import head_counts
 from pointillist.accel.parallel.seam import joint_of
 
+MEET = timedelta(minutes=30)
+"""So long a process waits for the others to start and to load their models."""
 ANSWER = timedelta(seconds=120)
-"""So long an exchange between processes may take before all of them stop."""
+"""So long an exchange between processes may take after that before all of them stop."""
 
 
-@dataclass(frozen=True)
-class Job:
-    """What torchrun tells a process."""
-
-    rank: int = 0
-    processes: int = 1
-    local_rank: int = 0
-
-
-def this_job() -> Job:
-    """Of this process; one of one where nobody says otherwise."""
-    rank, processes, local = (os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    return Job() if processes is None else Job(int(rank or 0), int(processes), int(local or 0))
-
-
-def join(device: torch.device, answer: timedelta = ANSWER) -> None:
+def join(device: torch.device) -> None:
     """Meet the other processes of the job. Exchanges on GPUs go through NCCL, sizes and agreements through gloo."""
     if dist.is_initialized():
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
     with engine.telling():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=answer)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=MEET)
 
 
 def parallelize(pipe: Any, ulysses: int = 1, ring: int = 1) -> None:
@@ -58,12 +43,24 @@ def parallelize(pipe: Any, ulysses: int = 1, ring: int = 1) -> None:
             f"ulysses={ulysses} times ring={ring} is {ulysses * ring}, and this job has {count or 1} processes; start "
             f"as many: torchrun --nproc-per-node {ulysses * ring} -m pointillist generate …"
         )
-    found = [getattr(pipe, name, None) for name in ("transformer", "transformer_2")]
-    transformers = [each for each in found if each is not None]
+    transformers = _transformers(pipe)
     for transformer in transformers:
         if joint_of(transformer) is None:
             raise ValueError(f"a {type(transformer).__name__} cannot be split over processes: it is not known how")
         head_counts(int(transformer.config.num_attention_heads), ulysses)
     device = pipe._execution_device
-    for transformer in transformers:
-        engine.set_config(transformer, engine.make_config(ulysses, ring), device)
+    with engine.telling():
+        dist.barrier()
+        for transformer in transformers:
+            engine.set_config(transformer, engine.make_config(ulysses, ring), device, ANSWER)
+
+
+def separate(pipe: Any) -> None:
+    """The inverse of `parallelize`, once nothing is accelerated any more."""
+    for transformer in _transformers(pipe):
+        engine.clear_config(transformer)
+
+
+def _transformers(pipe: Any) -> list[Any]:
+    found = [getattr(pipe, name, None) for name in ("transformer", "transformer_2")]
+    return [each for each in found if each is not None]
