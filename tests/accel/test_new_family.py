@@ -4,10 +4,10 @@ import re
 from pathlib import Path
 
 import pytest
-import test_families
-from test_families import SPARSE, Facts, check_sparse
 
+import masked_reference
 from families import TEXT, Family
+from masked_reference import SPARSE, Facts, check_sparse
 from pointillist import AccelerateError, accelerate
 from pointillist.accel import models
 from pointillist.accel.models import family as base
@@ -31,7 +31,7 @@ def test_the_family_of_the_documentation(families, monkeypatch):
     exec(compile(program, "docs/models.md", "exec"), {})
     assert family_of(family.pipe.transformer).NAME == "CogView4"
     facts = Facts(r"transformer_blocks\.\d+\.attn1", start=TEXT)
-    monkeypatch.setitem(test_families.FACTS, "cogview4", facts)
+    monkeypatch.setitem(masked_reference.FACTS, "cogview4", facts)
     dense = family.run(steps=2)
     check_sparse(family, 64, batch=2)
     check_sparse(family, (64, 96), guidance=1.0)
