@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,7 @@ class Watched:
 
 
 watched = Watched()
+attached: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def pytest_configure(config: Any) -> None:
@@ -198,11 +200,11 @@ def _attach(transformer: Any) -> None:
 
     from pointillist import AccelerateError, Plan, accelerate
 
-    if hasattr(transformer, "_conformance") or torch.compiler.is_compiling():
+    if transformer in attached or torch.compiler.is_compiling():
         return
     if any(weight.device.type == "meta" for weight in transformer.parameters()):
         return
-    transformer._conformance = None
+    attached.add(transformer)
     try:
         handle = accelerate(Pipe(transformer), Plan.uniform("pooled", 1.0, block=16))
     except AccelerateError as error:
@@ -214,7 +216,6 @@ def _attach(transformer: Any) -> None:
 
     handle.observe(count)
     watched.accelerated += 1
-    object.__setattr__(transformer, "_conformance", handle)
 
 
 def _stand_in_for_t5() -> None:

@@ -43,14 +43,14 @@ COLUMNS = {
 """The tests that a column stands for."""
 
 
-def outcomes(junit: Path) -> dict[tuple[str, str], list[str]]:
-    """(test, its parameters) → what became of each run: "yes", the reason of a skip, or "fails"."""
+def outcomes(*junit: Path) -> dict[tuple[str, str], list[str]]:
+    """(test, its parameters) → what became of it: "yes", the reason of a skip, or "fails". Later files count."""
     found: dict[tuple[str, str], list[str]] = {}
-    for case in ElementTree.parse(junit).iter("testcase"):
-        test, _, parameters = case.get("name", "").rstrip("]").partition("[")
-        skip, bad = case.find("skipped"), any(case.find(kind) is not None for kind in ("failure", "error"))
-        became = "fails" if bad else "yes" if skip is None else str(skip.get("message"))
-        found.setdefault((test, parameters), []).append(became)
+    for file in junit:
+        for case in ElementTree.parse(file).iter("testcase"):
+            test, _, parameters = case.get("name", "").rstrip("]").partition("[")
+            skip, bad = case.find("skipped"), any(case.find(kind) is not None for kind in ("failure", "error"))
+            found[test, parameters] = ["fails" if bad else "yes" if skip is None else str(skip.get("message"))]
     return found
 
 
@@ -62,8 +62,8 @@ def cell(found: dict[tuple[str, str], list[str]], column: str, name: str) -> str
         if test in COLUMNS[column] and _is_of(parameters, name)
         for each in became
     ]
-    if column == "sparse" and _only_refused(found, name):
-        return "no"
+    if _only_refused(found, name) and column != "cache":
+        return "no" if column == "sparse" else "–"
     others = [each for each in seen if each != "yes"]
     return others[0] if others else "yes" if seen else "not tried"
 
@@ -81,12 +81,12 @@ def _is_of(parameters: str, name: str) -> bool:
     return bool(fits) and max(fits, key=len) == name
 
 
-def rows(junit: Path) -> list[dict[str, Any]]:
+def rows(*junit: Path) -> list[dict[str, Any]]:
     """One for every tiny pipeline."""
     from families import PIPELINES, WITHOUT, Family
     from pointillist.accel.models import family_of
 
-    found, made = outcomes(junit), []
+    found, made = outcomes(*junit), []
     for name in (*PIPELINES, *WITHOUT):
         pipe = Family(name).pipe
         family = family_of(pipe.transformer)
@@ -121,7 +121,7 @@ def run(junit: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--junit", type=Path, help="what a run of the tests has written")
+    parser.add_argument("--junit", type=Path, nargs="+", help="what runs of the tests have written, the last one last")
     parser.add_argument("--table", action="store_true", help="only write the table anew")
     given = parser.parse_args()
     if not given.table:
@@ -129,10 +129,10 @@ def main() -> None:
         import torch
 
         with tempfile.TemporaryDirectory() as folder:
-            junit = given.junit or Path(folder) / "junit.xml"
+            junit = given.junit or [Path(folder) / "junit.xml"]
             if given.junit is None:
-                run(junit)
-            found = rows(junit)
+                run(junit[0])
+            found = rows(*junit)
         versions = dict(diffusers=diffusers.__version__, torch=torch.__version__, python=platform.python_version())
         green = sum(row["sparse"] == "yes" for row in found)
         results = dict(versions=versions, green=green, tests={name: list(t) for name, t in COLUMNS.items()}, rows=found)

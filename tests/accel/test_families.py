@@ -1,10 +1,7 @@
-"""Every model family in a tiny pipeline: exact where it must be, and elsewhere equal to an independent reference.
-
-The reference is dense attention with a mask over tokens, put into torch's own attention by a mode. What it knows of the
-models (where their self-attentions are, and where the video's tokens begin) is written down here once more.
-"""
+"""Every model family in a tiny pipeline: exact where it must be, and elsewhere equal to an independent reference."""
 
 import inspect
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,10 +10,12 @@ import torch._dynamo
 from peft import LoraConfig
 
 from families import PIPELINES, WITHOUT, Family, run_case
-from family_checks import DYNAMIC, FACTS, SPARSE, check_sparse, self_attentions, transformers
 from jobs import run_job
+from masked_reference import FACTS, SPARSE, check_sparse, self_attentions, transformers
 from pointillist import AccelerateError, Plan, accelerate
 from pointillist.accel.models import FAMILIES, family_of
+
+DYNAMIC = replace(Plan.uniform("pooled", 0.4, tail="pooled", dense_steps=1, block=16), residual=True)
 
 
 @pytest.fixture(params=PIPELINES)
@@ -218,9 +217,14 @@ def test_regions(family):
     dense = family.run(steps=8)
     for plan in ("none", SPARSE):
         with accelerate(family.pipe, plan, regions="easy") as handle:
-            assert not torch.equal(family.run(steps=8), dense)
-            assert handle.report().steps["region"] >= 2
+            found, report = family.run(steps=8), handle.report()
+        if any("reference images" in note for note in report.fallbacks):
+            assert plan is SPARSE or torch.equal(found, dense)
+        else:
+            assert not torch.equal(found, dense) and report.steps["region"] >= 2
     assert torch.equal(family.run(steps=8), dense)
+    if any("reference images" in note for note in report.fallbacks):
+        pytest.skip("whole steps only")
 
 
 @pytest.fixture(scope="module")

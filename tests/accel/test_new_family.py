@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+import masked_reference
 from families import TEXT, Family
-from family_checks import FACTS, SPARSE, Facts, check_sparse
+from masked_reference import SPARSE, Facts, check_sparse
 from pointillist import AccelerateError, accelerate
 from pointillist.accel import models
 from pointillist.accel.models import family as base
@@ -30,7 +31,7 @@ def test_the_family_of_the_documentation(families, monkeypatch):
     exec(compile(program, "docs/models.md", "exec"), {})
     assert family_of(family.pipe.transformer).NAME == "CogView4"
     facts = Facts(r"transformer_blocks\.\d+\.attn1", start=TEXT)
-    monkeypatch.setitem(FACTS, "cogview4", facts)
+    monkeypatch.setitem(masked_reference.FACTS, "cogview4", facts)
     dense = family.run(steps=2)
     check_sparse(family, 64, batch=2)
     check_sparse(family, (64, 96), guidance=1.0)

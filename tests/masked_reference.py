@@ -1,15 +1,18 @@
-"""An attention by another route than ours, and what must hold of every family: for the tests of families."""
+"""What every model family is checked against: dense attention with a mask over tokens, put into torch's own by a mode.
+
+What the reference knows of the models (where their self-attentions are, and where the video's tokens begin) is written
+down here once more.
+"""
 
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
-import torch._dynamo
 from torch.overrides import TorchFunctionMode
 
 from families import TEXT, Family
@@ -19,7 +22,6 @@ from pointillist.accel.patterns.pattern import Call
 from pointillist.accel.tiles import whole_video
 
 SPARSE = Plan.uniform("window", 0.4, tail="none", block=16)
-DYNAMIC = replace(Plan.uniform("pooled", 0.4, tail="pooled", dense_steps=1, block=16), residual=True)
 BOTH = r"(single_)?transformer_blocks\.\d+\.attn"
 
 
