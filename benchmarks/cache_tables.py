@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from pointillist import defaults, load_pipeline
-from pointillist.accel.step_cache.table import CacheTable
+from pointillist.accel.step_cache.table import FOLDER, CacheTable
 from pointillist.hardware import detect
 from pointillist.metrics import compare
 from pointillist.pipelines.generate import run_once
@@ -49,7 +49,7 @@ def clip(pipe: Any, cache: CacheTable | str, call: dict[str, Any], seed: int, ke
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", type=Path, default=RESULTS / "cache_table_embedded.json")
+    parser.add_argument("--table", type=Path, default=FOLDER / "embedded.json")
     parser.add_argument("--only", help="one of what is compared, beside dense")
     parser.add_argument("--prompts", type=int, default=len(PROMPTS))
     parser.add_argument("--size", type=int, help="pixels; by default the model's own size")

@@ -202,10 +202,13 @@ def _choices(folder: Path) -> tuple[Any, Choices]:
     return search, search.choices(hardware, Runs(search, held_out))
 
 
-def measure(folder: Path, speed: str, every: int | None, prompts: int, labels: list[str], threads: int) -> None:
+def measure(
+    folder: Path, speed: str, target: float | None, every: int | None, prompts: int, labels: list[str], threads: int
+) -> None:
     """Run the plans on held-out prompts, with seeds that the search did not use."""
     search, choices = _choices(folder)
-    seconds = choices.dense.attention / ATTENTION_SPEEDUPS[speed]
+    seconds = choices.dense.attention / (target or ATTENTION_SPEEDUPS[speed])
+    speed = f"predicted {target:g}×" if target else speed
     name = speed if every is None else f"{speed}, dense every {every}"
     every = choices.at_attention(seconds).every if every is None else every
     made = {label: make() for label, make in rivals(choices, seconds, every).items() if not labels or label in labels}
@@ -347,6 +350,7 @@ def main() -> None:
     parser.add_argument("command", nargs="?", choices=("measure", "sites", "table"), default="measure")
     parser.add_argument("--folder", type=Path, default=Path("outputs/search"))
     parser.add_argument("--speed", choices=tuple(ATTENTION_SPEEDUPS), default="balanced")
+    parser.add_argument("--target", type=float, help="a speed-up of attention, as predicted, in place of a speed")
     parser.add_argument("--every", type=int, help="dense steps among the sparse ones, in place of the search's own")
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--only", action="append", default=[], help="these rivals, by their labels")
@@ -357,7 +361,7 @@ def main() -> None:
     elif args.command == "sites":
         measure_sites(args.folder)
     else:
-        measure(args.folder, args.speed, args.every, args.prompts, args.only, args.threads)
+        measure(args.folder, args.speed, args.target, args.every, args.prompts, args.only, args.threads)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,8 @@ from diffusers import (
 from PIL import Image
 
 from conftest import make_transformer, make_vae
+from pointillist import Plan, accelerate
+from pointillist.accel.parallel.start import parallelize
 
 TEXT, WIDTH = 12, 32
 """Tokens of a prompt, and channels of an embedding."""
@@ -50,7 +52,7 @@ class Prompts:
 
     @property
     def pooled(self) -> torch.Tensor:
-        return torch.linspace(-1, 1, WIDTH).expand(self.batch, -1)
+        return torch.linspace(-1, 1, WIDTH, dtype=self.embeds.dtype).expand(self.batch, -1)
 
     def named(self, masks: str = "", negative: bool = True) -> dict[str, torch.Tensor]:
         """As most pipelines take them; `masks` names the argument, after `prompt_`."""
@@ -243,7 +245,8 @@ def cogvideox(patch_size_t: int | None = None):
     """1.5 has patches of two frames, and rotary embeddings in place of sine waves."""
     transformer = diffusers.CogVideoXTransformer3DModel(
         num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=8,
-        text_embed_dim=WIDTH, num_layers=2, sample_width=8, sample_height=8, sample_frames=9, max_text_seq_length=TEXT,
+        text_embed_dim=WIDTH, num_layers=2, sample_width=32, sample_height=32, sample_frames=9,
+        max_text_seq_length=TEXT,
         patch_size_t=patch_size_t, use_rotary_positional_embeddings=patch_size_t is not None,
         patch_bias=patch_size_t is None,
     )  # fmt: skip
@@ -617,7 +620,7 @@ def hidream():
     transformer = diffusers.HiDreamImageTransformer2DModel(
         patch_size=2, in_channels=4, out_channels=4, num_layers=2, num_single_layers=2, attention_head_dim=16,
         num_attention_heads=2, caption_channels=[WIDTH, WIDTH], text_emb_dim=2 * WIDTH, axes_dims_rope=(8, 4, 4),
-        max_resolution=(16, 16), llama_layers=[0, 1, 2, 3],
+        max_resolution=(32, 32), llama_layers=[0, 1, 2, 3],
     )  # fmt: skip
     pipe = diffusers.HiDreamImagePipeline(
         transformer=sharpened(transformer), vae=image_vae(), scheduler=euler(), text_encoder_3=None, tokenizer_3=None,
@@ -727,3 +730,12 @@ PIPELINES: dict[str, Callable[[], tuple[Any, Call]]] = {
 """With sparse attention, by variant."""
 WITHOUT: dict[str, Callable[[], tuple[Any, Call]]] = {"sana": sana, "cogview4": cogview4}
 """With caching alone: linear attention, and a model that no family knows."""
+
+
+def run_case(name: str) -> torch.Tensor:
+    """Latents of a sparse run; shared by all processes of a job."""
+    family = Family(name)
+    if torch.distributed.is_initialized():
+        parallelize(family.pipe, ulysses=torch.distributed.get_world_size())
+    with accelerate(family.pipe, Plan.uniform("window", 0.4, tail="none", block=16)):
+        return family.run(steps=2)

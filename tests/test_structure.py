@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "integrations": {"kernels", "accel"},
     "search": {"kernels", "hardware", "accel"},
     "pipelines": {"kernels", "hardware", "accel", "search"},
-    "web": {"pipelines", "metrics"},
+    "web": {"hardware", "accel", "search", "pipelines", "metrics"},
     "cli": {"kernels", "hardware", "accel", "search", "pipelines", "web"},
 }
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p.parent != PACKAGE or p.stem in FOR_ALL)

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pointillist.pipelines.latent_preview import MAPS, fingerprint, fit
+from pointillist.pipelines.latent_preview import MAPS, fingerprint, fit, neighbours
 from pointillist.pipelines.load import load_pipeline
 from pointillist.pipelines.video import read_clip
 
@@ -35,7 +35,8 @@ def rendered() -> list[np.ndarray]:
 
 
 def pairs(vae, clip: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Latents [N, C], as a pipeline holds them, and mean colours [N, 3] of a clip [F, H, W, 3] in [0, 1]."""
+    """Latents [N, 27 · C], as a pipeline holds them, each with all around it; and mean colours [N, 3] of a clip
+    [F, H, W, 3] in [0, 1]."""
     space, time = vae.config.scale_factor_spatial, vae.config.scale_factor_temporal
     frames, height, width = ((len(clip) - 1) // time * time + 1, *(n // space * space for n in clip.shape[1:3]))
     clip = clip[:frames, :height, :width].astype(np.float32)
@@ -47,7 +48,8 @@ def pairs(vae, clip: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     squares = clip.reshape(frames, height // space, space, width // space, space, 3).mean((2, 4))
     later = squares[1:].reshape(-1, time, *squares.shape[1:]).mean(1)  # the first latent is of the first frame alone
     colors = np.concatenate([squares[:1], later])
-    return latents.flatten(1).T.numpy(), colors.reshape(-1, 3)
+    around = neighbours(latents.permute(1, 2, 3, 0).numpy())
+    return around.reshape(-1, around.shape[-1]), colors.reshape(-1, 3)
 
 
 def main(model: str = "embedded", *clips: str) -> None:
@@ -57,10 +59,10 @@ def main(model: str = "embedded", *clips: str) -> None:
     fitted, explained = fit(latents, colors)
     maps = json.loads(MAPS.read_text(encoding="utf-8"))
     maps[fingerprint(vae)] = {
-        "of": model, "explained": round(explained, 4), "weight": fitted.weight.round(4).tolist(),
+        "of": model, "explained": round(explained, 4), "weight": fitted.weight.round(3).tolist(),
         "bias": fitted.bias.round(4).tolist(),
     }  # fmt: skip
-    MAPS.write_text(json.dumps(maps, indent=1) + "\n", encoding="utf-8")
+    MAPS.write_text(json.dumps(maps) + "\n", encoding="utf-8")
     print(f"{model}: {explained:.1%} of the variance of {len(colors)} mean colours, into {MAPS}")
 
 

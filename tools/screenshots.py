@@ -9,16 +9,20 @@ and a Chromium.
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
 import socket
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Error as PlaywrightError
 
 WIDE, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
-WAIT = 600_000
+LOOKS = {"light": WIDE, "dark": WIDE, "light_phone": PHONE, "dark_phone": PHONE}
+WAIT = 900_000
 PROMPT = "a green star rotating on navy"
 
 
@@ -38,8 +42,9 @@ def make_clip(page: Page, size: int, steps: int, folder: Path) -> None:
     page.locator("#generate-steps input[type=number]").press("Tab")
     page.click("#generate-advanced button")
     page.click("#generate-start")
-    page.locator("#job-generate").get_by_text(f"step {max(1, steps // 2)}/{steps}").wait_for()
-    page.wait_for_selector("#job-generate img.job-preview")
+    late = re.compile(rf"step ({'|'.join(map(str, range(steps // 4, steps)))})/|Done in")
+    page.locator("#job-generate").get_by_text(late).first.wait_for()
+    page.evaluate("scrollTo(0, 0)")
     page.screenshot(path=folder / "generate_running.png")
     page.locator("#job-generate").get_by_text("Done in").wait_for()
     page.wait_for_selector("#generate-video video[src]")
@@ -66,29 +71,64 @@ def show_system(page: Page) -> None:
     page.wait_for_selector(".facts")
 
 
-SHOWN = {"generate": show_generate, "compare": show_compare, "gallery": show_gallery, "system": show_system}
+def show_inspect(page: Page) -> None:
+    """A head, and what a token of it sees; the clip is looked into first, if it was not yet."""
+    page.click("#inspect-map button[data-pick='2,1']")
+    page.wait_for_selector("#inspect-head img")
+    if page.locator("#inspect-record").count():
+        page.click("#inspect-record")
+    page.wait_for_selector("#inspect-film img")
+
+
+def show_search(page: Page) -> None:
+    """The latest search, if there is one."""
+    if page.input_value("#search-known input"):
+        page.wait_for_selector("#search-curve [data-pick]")
+
+
+def show_repaint(page: Page) -> None:
+    """A stroke over the middle, and what it will take."""
+    canvas = page.locator("#repaint-editor canvas").first
+    page.wait_for_timeout(3000)
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    assert box is not None
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(x - 40, y)
+    page.mouse.down()
+    for step in range(9):
+        page.mouse.move(x - 40 + 10 * step, y)
+    page.mouse.up()
+    page.wait_for_selector("#repaint-cost b")
+
+
+SHOWN = {
+    "generate": show_generate, "compare": show_compare, "gallery": show_gallery, "system": show_system,
+    "inspect": show_inspect, "search": show_search, "repaint": show_repaint,
+}  # fmt: skip
 """What to wait for and to click in a tab, by its id; others are shown as they open."""
 
 
 def open_tab(page: Page, title: str) -> None:
-    tab = page.get_by_role("tab", name=title, exact=True).locator("visible=true")
-    if tab.count():
-        tab.first.click()
-        return
-    page.locator(".overflow-menu > button").locator("visible=true").click()  # of those that have no room
-    page.locator(".overflow-dropdown button", has_text=title).click()
+    page.get_by_role("tab", name=title, exact=True).click()
 
 
-def photograph(browser: Browser, url: str, state: Any, folder: Path, tabs: list[tuple[str, str]]) -> None:
-    for looks, size in (("light", WIDE), ("dark", WIDE), ("light_phone", PHONE), ("dark_phone", PHONE)):
+def photograph(
+    browser: Browser, url: str, state: Any, folder: Path, tabs: list[tuple[str, str]], chosen: list[str]
+) -> None:
+    for looks in chosen:
+        size = LOOKS[looks]
         context = browser.new_context(viewport=size, color_scheme=looks.partition("_")[0], storage_state=state)  # type: ignore[arg-type]
         page = context.new_page()
-        page.set_default_timeout(WAIT)
+        page.set_default_timeout(WAIT // 10)
         page.goto(url)
         page.wait_for_selector("#generate-predicted .predicted")
         for name, title in tabs:
             open_tab(page, title)
-            SHOWN.get(name, lambda page: None)(page)
+            try:
+                SHOWN.get(name, lambda page: None)(page)
+            except PlaywrightError as error:  # a picture of what is there says more than none
+                print(f"{name}: {str(error).partition(chr(10))[0]}", file=sys.stderr)
             page.wait_for_timeout(2000)
             page.screenshot(path=folder / f"{name}_{looks}.png", full_page=True)
             wide = page.evaluate("document.documentElement.scrollWidth")
@@ -105,6 +145,7 @@ def main() -> None:
     parser.add_argument("--outputs", type=Path)
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--looks", default=",".join(LOOKS))
     parser.add_argument("--tabs", default=",".join(name for name, *_ in TABS))
     given = parser.parse_args()
     given.output.mkdir(parents=True, exist_ok=True)
@@ -130,7 +171,7 @@ def main() -> None:
         else:
             make_clip(first, given.size, given.steps, given.output)
         state = context.storage_state()
-        photograph(browser, url, state, given.output, tabs)
+        photograph(browser, url, state, given.output, tabs, given.looks.split(","))
         browser.close()
         engine.close()
         page.close()

@@ -15,6 +15,7 @@ changed, and `torch.compile` sees a plain method.
 import copy
 import inspect
 import itertools
+import sys
 import types
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -34,7 +35,6 @@ from diffusers.models.attention_dispatch import (
     _check_attention_backend_requirements,
     dispatch_attention_fn,
 )
-from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
 Mask = torch.Tensor | None
 SiteHandler = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float | None, Mask], torch.Tensor]
@@ -145,8 +145,11 @@ def _rerouted(kind: Hashable) -> Any:
     names = {name for name in ours if name in call.__code__.co_names}
     if not names or ("F" in names and "scaled_dot_product_attention" not in call.__code__.co_names):
         raise ValueError(f"a {kind.__name__} does not call attention by a name that is known")
-    space = {**call.__globals__, **{name: ours[name] for name in names}}
-    method = types.FunctionType(call.__code__, space, call.__name__, call.__defaults__)
+    # a module that can be imported by its name: torch.compile looks there for what a function's globals are
+    space = types.ModuleType(f"{__name__}.{kind.__module__.replace('.', '_')}_{kind.__name__}")
+    vars(space).update({**call.__globals__, "__name__": space.__name__, **{name: ours[name] for name in names}})
+    sys.modules[space.__name__] = space
+    method = types.FunctionType(call.__code__, vars(space), call.__name__, call.__defaults__)
     method.__kwdefaults__, method.__annotations__ = call.__kwdefaults__, call.__annotations__
     return type(kind.__name__, (kind,), {"__call__": method, _MARK: True, "__module__": kind.__module__})
 
@@ -281,7 +284,10 @@ def caching_hooks(transformer: torch.nn.Module) -> list[str]:
         registry = getattr(module, "_diffusers_hook", None)
         names.update(registry.hooks if registry is not None else ())
     words = ("cache", "fbc_", "pyramid_attention_broadcast", "taylorseer")
-    return sorted(name for name in names if any(word in name for word in words))
+    found = {name for name in names if any(word in name for word in words)}
+    if not found and getattr(transformer, "is_cache_enabled", False):  # one that has hooked nothing yet
+        found.add(type(getattr(transformer, "_cache_config", None)).__name__)
+    return sorted(found)
 
 
 @dataclass(frozen=True)
@@ -324,11 +330,12 @@ def streams_of(block: torch.nn.Module) -> Streams:
 @lru_cache(maxsize=64)
 def _streams_of(kind: Any) -> Streams:
     known = TransformerBlockRegistry.get(kind)
+    parameters, hidden = tuple(inspect.signature(kind.forward).parameters)[1:], known.hidden_states_argument_name
     return Streams(
-        known.hidden_states_argument_name,
+        hidden if hidden in parameters else parameters[0],  # Z-Image's is `x`, which the registry does not say
         known.encoder_hidden_states_argument_name,
         (known.return_hidden_states_index, known.return_encoder_hidden_states_index),
-        tuple(inspect.signature(kind.forward).parameters)[1:],
+        parameters,
     )
 
 
@@ -374,9 +381,30 @@ def attention_and_mlp(transformer: torch.nn.Module) -> list[dict[str, list[torch
     return layers
 
 
-def output_like(transformer: torch.nn.Module, sample: torch.Tensor, as_object: bool) -> Any:
-    """What the transformer's forward pass would return."""
-    return Transformer2DModelOutput(sample=sample) if as_object else (sample,)
+@dataclass(frozen=True)
+class Form:
+    """How a transformer gives what it computed: a tuple or an object of Diffusers, whose first part may be a list with
+    a tensor for each entry of the batch (Z-Image), and others may follow (the audio of LTX-2)."""
+
+    kind: type
+    names: tuple[str, ...]
+    """Of the parts of an object."""
+    listed: bool
+
+    @classmethod
+    def of(cls, output: Any) -> "Form":
+        return cls(type(output), tuple(output) if isinstance(output, dict) else (), isinstance(output[0], list))
+
+    def give(self, parts: list[torch.Tensor]) -> Any:
+        """An output of this form with other parts."""
+        every: list[Any] = [list(parts[0]) if self.listed else parts[0], *parts[1:]]
+        return self.kind(**dict(zip(self.names, every, strict=True))) if self.names else tuple(every)
+
+
+def parts_of(output: Any) -> list[torch.Tensor]:
+    """What a transformer gave: of its latents, as one tensor, and whatever else."""
+    first, *others = output.values() if isinstance(output, dict) else output
+    return [torch.stack(first) if isinstance(first, list) else first, *others]
 
 
 def foreign_cache(transformer: torch.nn.Module) -> str:

@@ -155,7 +155,7 @@ CONFLICTS = (
     ),
     Conflict(
         "keys made anew beside text", "refuse",
-        lambda its: its.regions and its.plan.regions.keys == "input"  # type: ignore[union-attr]
+        lambda its: its.plan is not None and its.plan.regions is not None and its.plan.regions.keys == "input"
         and any(each.family.TEXT != "none" for each in its.targets),
         lambda its: f"keys='input' makes keys anew from the image's hidden states, but {_classes(its)} attends to text "
         "as well; take keys='fp8' or 'full'",
@@ -186,7 +186,8 @@ CONFLICTS = (
     ),
     Conflict(
         "regions that make keys anew, over several processes", "refuse",
-        lambda its: its.regions and its.plan.regions.keys == "input" and config_of(its.targets[0].transformer),
+        lambda its: its.plan is not None and its.plan.regions is not None and its.plan.regions.keys == "input"
+        and config_of(its.targets[0].transformer),
         lambda its: "regions with keys=input keep what goes into attention, of which each of several processes has a "
         "part; take keys=full or keys=fp8, which each keeps for its own heads",
     ),

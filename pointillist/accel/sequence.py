@@ -54,7 +54,11 @@ def sequence_of(
         raise NotTheGridError(f"{queries.shape[1]} queries are not those of {length} keys")
     if mask is None:
         return Sequence(segments, length)
-    if not family.MASKED or mask.dtype != torch.bool or mask.ndim != 4 or mask.shape[-1] != length:
+    if mask.ndim == 2 and mask.shape == (queries.shape[0], length):  # as Diffusers' dispatcher reads it
+        mask = mask[:, None, None]
+    whole = (queries.shape[0], queries.shape[2], queries.shape[1], length)
+    fits = mask.ndim == 4 and all(size in (1, full) for size, full in zip(mask.shape, whole, strict=True))
+    if not family.MASKED or mask.dtype != torch.bool or not fits or mask.shape[3] != length:
         raise NotTheGridError(f"attention has a {mask.dtype} mask {list(mask.shape)}, which is not padding")
     valid = mask[:, 0, min(video.start, mask.shape[2] - 1)].expand(queries.shape[0], -1)
     lengths = valid.sum(1)

@@ -17,6 +17,7 @@ from pointillist.cli.progress import show_progress, watch
 from pointillist.pipelines.embedded.vocabulary import KNOWN_WORDS, unknown_words
 from pointillist.pipelines.engine import Engine
 from pointillist.pipelines.generate import GenerateRequest, GenerateResult, generate
+from pointillist.pipelines.remote import RemoteWork
 
 
 def command(
@@ -68,6 +69,9 @@ def command(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, …")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     download: Annotated[bool, typer.Option("--download", help="Allow fetching a Hub id from the network.")] = False,
+    remote: Annotated[
+        str | None, typer.Option(help="URL of a vLLM-Omni or SGLang server that makes the clip, in its own ways.")
+    ] = None,
     ulysses: Annotated[
         int, typer.Option(help="Under torchrun: so many processes exchange heads. Times --ring, all processes.")
     ] = 1,
@@ -88,12 +92,16 @@ def command(
     if this_job().rank:  # the first process of a job speaks for all
         generate(request)
         return
-    _hint_at_words(request)
+    if remote is None:
+        _hint_at_words(request)
     console = Console(stderr=True)
-    with Engine() as engine, show_progress(console) as show:
+    with Engine(None if remote is None else RemoteWork(remote)) as engine, show_progress(console) as show:
         result = watch(engine.submit(request), show)
     if as_json:
         print(json.dumps(result.facts, allow_nan=False))
+    elif remote is not None:
+        print(f"made by {result.facts['remote']['server']} in {result.facts['seconds']['total']:.1f} s")
+        print_files(result)
     else:
         _print_summary(result)
 

@@ -45,7 +45,12 @@ def search(
     beta: Annotated[
         float | None, typer.Option(help="With --cache-table, in place of --share: a module's cost.")
     ] = None,
-    iterations: Annotated[int | None, typer.Option(help="With --cache-table: clips to learn with (200).")] = None,
+    start: Annotated[
+        str | None, typer.Option(help="With --cache-table: measured (what reusing a module costs), or noise.")
+    ] = None,
+    iterations: Annotated[
+        int | None, typer.Option(help="With --cache-table: clips to learn with (0; from noise 200).")
+    ] = None,
     rate: Annotated[float | None, typer.Option(help="With --cache-table: of learning (0.05).")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
@@ -65,9 +70,11 @@ def search(
     """Search a plan. What is measured is kept in a folder, and an interrupted search goes on there."""
     if context.invoked_subcommand is not None:
         return
-    how = {"share": share, "beta": beta, "iterations": iterations, "rate": rate}
+    how = {"share": share, "beta": beta, "start": start, "iterations": iterations, "rate": rate}
     if not cache_table and any(value is not None for value in how.values()):
-        raise ValueError("--share, --beta, --iterations and --rate say how a --cache-table is learned; give that too")
+        raise ValueError(
+            "--share, --beta, --start, --iterations and --rate say how a --cache-table is learned; give that too"
+        )
     output = _checked(output, ".json" if cache_table else ".safetensors")
     if cache_table:
         if target_speedup is not None or min_psnr is not None or shard is not None or stages:
@@ -122,6 +129,9 @@ def _learn(
     chosen = {name: value for name, value in how.items() if value is not None}
     if "beta" in chosen:
         chosen.setdefault("share", None)
+        chosen.setdefault("start", "noise")
+    if chosen.get("start") == "noise":
+        chosen.setdefault("iterations", 200)
     texts = None if prompts is None else read_prompts(prompts)
     Learning(("",), {}, **chosen)  # what is wrong is told before a model is loaded
     kind = getattr(torch, load["dtype"]) if load["dtype"] else None

@@ -263,6 +263,7 @@ class LocalWork:
     def __call__(self, request: Any, progress: Progress) -> Any:
         from pointillist.pipelines.generate import GenerateRequest, generate
         from pointillist.pipelines.inspect import InspectRequest, inspect
+        from pointillist.pipelines.remote import RemoteRequest, generate_there
         from pointillist.pipelines.repaint import RepaintRequest, repaint
         from pointillist.pipelines.search import SearchRequest, search
 
@@ -271,6 +272,7 @@ class LocalWork:
             RepaintRequest: repaint,
             SearchRequest: search,
             InspectRequest: inspect,
+            RemoteRequest: generate_there,
         }
         if type(request) not in kinds:
             raise TypeError(f"a {type(request).__name__} is no request; {', '.join(k.__name__ for k in kinds)} are")

@@ -1,4 +1,4 @@
-"""Latents as a small picture, by a linear map of their channels to red, green and blue: no model runs.
+"""Latents as a small picture, by a linear map of their channels to colours: no model runs.
 
 A map belongs to an autoencoder. `latent_maps.json` has those that were fitted (`tools/fit_latent_map.py`), by what is
 in the autoencoder's configuration. For others the three directions in which the latents vary most stand in: shapes
@@ -11,6 +11,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,17 +27,26 @@ SIGMAS = 2.0
 
 @dataclass(frozen=True)
 class LatentMap:
-    """A pixel in [0, 1] is `latent @ weight + bias`."""
+    """A pixel in [0, 1] is a linear function of its latent and of those around it, in the picture and in time."""
 
     weight: np.ndarray
-    """[C, 3]."""
+    """[27 · C, 3], for the offsets of `neighbours`; or [C, 3], of the latent alone."""
     bias: np.ndarray
     """[3]."""
 
     def frames(self, latents: np.ndarray) -> np.ndarray:
         """uint8 [F, h, w, 3] of latents [C, F, h, w]."""
-        pixels = np.moveaxis(latents, 0, -1) @ self.weight + self.bias
+        values = np.moveaxis(latents, 0, -1)
+        pixels = (values if len(self.weight) == len(latents) else neighbours(values)) @ self.weight + self.bias
         return (pixels.clip(0, 1) * 255).round().astype(np.uint8)
+
+
+def neighbours(values: np.ndarray) -> np.ndarray:
+    """[F, h, w, 27 · C]: of values [F, h, w, C] each with all around it, those at the border repeated beyond it."""
+    padded = np.pad(values, ((1, 1), (1, 1), (1, 1), (0, 0)), mode="edge")
+    frames, height, width, _ = values.shape
+    shifted = [padded[t : t + frames, y : y + height, x : x + width] for t, y, x in product(range(3), repeat=3)]
+    return np.concatenate(shifted, axis=-1)
 
 
 def look(pipe: Any, latents: torch.Tensor) -> np.ndarray | None:
@@ -50,7 +60,7 @@ def look(pipe: Any, latents: torch.Tensor) -> np.ndarray | None:
     first = latents[0].detach().float().cpu().numpy()
     first = first if first.ndim == 4 else first[:, None]
     known = map_of(pipe)
-    if known is None or len(known.weight) != len(first):
+    if known is None or len(known.weight) not in (len(first), 27 * len(first)):
         known = principal(first)
     return known.frames(first)
 
@@ -79,7 +89,7 @@ def fit(latents: np.ndarray, pixels: np.ndarray) -> tuple[LatentMap, float]:
     """The map with the least squared error, and the share of the pixels' variance that it explains.
 
     Args:
-        latents: [N, C].
+        latents: [N, C], or with all around them [N, 27 · C].
         pixels: [N, 3] in [0, 1], the means over what each of the latents stands for.
     """
     ones = np.concatenate([latents, np.ones((len(latents), 1))], axis=1)

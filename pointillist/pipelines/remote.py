@@ -17,6 +17,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from typing import IO, Any
@@ -24,7 +25,7 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import quote, urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
-from pointillist.pipelines.events import JobCancelled, Phase, Progress, Step
+from pointillist.pipelines.events import JobCancelled, Phase, Progress, Step, silent
 from pointillist.pipelines.generate import ASKED, GenerateRequest, GenerateResult, rounded
 from pointillist.pipelines.video import Clip, OutputError, check_output, read_clip, remember_settings, write_clips
 
@@ -38,6 +39,20 @@ PATIENCE = 30.0
 """Seconds that a server may be away before its job is given up."""
 LARGEST = 2 * 2**30
 """Bytes of a clip."""
+
+
+@dataclass(frozen=True)
+class RemoteRequest:
+    """What to make, and the server that is to make it: for engines that otherwise compute here."""
+
+    url: str
+    request: GenerateRequest
+
+
+def generate_there(request: RemoteRequest, progress: Progress = silent, load: object = None) -> GenerateResult:
+    """Carry out `request`; see `RemoteWork`. No pipeline is loaded."""
+    result: GenerateResult = RemoteWork(request.url)(request.request, progress)
+    return result
 
 
 class RemoteError(OSError):

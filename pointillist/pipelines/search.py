@@ -210,10 +210,13 @@ def find_cache_table(
     prompts: tuple[str, ...] | None = None,
     share: float | None = 0.5,
     beta: float | None = None,
-    iterations: int = 200,
+    start: str = "measured",
+    clips: int = 2,
+    iterations: int = 0,
     rate: float = 0.05,
     renew: int = 20,
     spread: float = 1.0,
+    proxy: str = "sensitivity",
     checkpoint: str | os.PathLike[str] | None = None,
     name: str = "learned",
     progress: Progress = lambda phase, done, of: None,
@@ -225,11 +228,15 @@ def find_cache_table(
         pipe: a pipeline that `accelerate` takes, not accelerated and not compiled.
         prompts: to learn with; by default a shipped set.
         share: of all modules in all steps, so many are reused; or
-        beta: what a computed module costs, as in HarmoniCa; then share must be None.
-        iterations: clips that are made, each two to four times as much work as a dense one.
+        beta: what a computed module costs, as in HarmoniCa; then share must be None, and start `noise`.
+        start: `measured`, the table that costs least by what reusing each module was measured to cost; or `noise`, from
+            which only iterations learn.
+        clips: measured so many, each as much work as four dense clips for every module of the model.
+        iterations: of HarmoniCa's training, each a clip of two to four times as much work as a dense one.
         rate: of learning; greater for few iterations.
         renew: after so many iterations it is measured anew which steps matter, at the price of a clip for each step.
-        spread: standard deviation of the first logits; less for few iterations.
+        spread: standard deviation of the first logits, if they are noise; less for few iterations.
+        proxy: how it is measured which steps matter: `sensitivity`, or `paper` (HarmoniCa's λ).
         checkpoint: a safetensors file, from which an interrupted run goes on.
         call: arguments of the pipeline in place of its defaults, such as height or num_frames. Small clips do.
 
@@ -243,7 +250,9 @@ def find_cache_table(
     check_prompts(prompts)
     call = {**defaults(pipe), **{key: value for key, value in call.items() if value is not None}}
     check_size(pipe, call["width"], call["height"], call["num_frames"])
-    learning = Learning(prompts, call, iterations, share, beta, rate, renew, spread)
+    learning = Learning(
+        prompts, call, iterations, share, beta, rate, renew, proxy=proxy, start=start, clips=clips, spread=spread
+    )
     return learn_table(pipe, learning, None if checkpoint is None else Path(checkpoint), progress, name)
 
 

@@ -8,8 +8,14 @@ summed up. After each step the logits of that step are changed by
 
     λ_t · mean((student − teacher)²) + β · Σ r        of the guided outputs
 
-λ_t is how much the clip would gain if the running table reused nothing at step t (image-error proxy, as in the paper:
-‖x0 − x0^(t)‖²), relative to the mean over the steps. β is what a computed module costs, given or steered to a share.
+λ_t is the image-error proxy, relative to its mean over the steps. The paper's is ‖x0 − x0^(t)‖², how much the clip
+changes if the running table reuses nothing at step t alone (`proxy="paper"`). It counts twice how wrong a step is,
+being multiplied by the step's error again, and knows nothing of steps in which nothing is reused. So by default it is
+divided by what reuse changed of that step's output: how much of the clip an error of this step costs. β is what a
+computed module costs, given or steered to a share.
+
+The logits begin as noise, as in the paper, or (`start="measured"`) as the table that costs least by what reusing each
+module was measured to cost (`module_errors.py`); without iterations that table is the result.
 """
 
 import json
@@ -20,6 +26,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
@@ -31,13 +38,18 @@ from pointillist.accel.run_state import RunState, watch_branches, watch_generati
 from pointillist.accel.step_cache.table import KINDS, CacheTable, MadeFor, shift_of
 from pointillist.files import write_whole
 from pointillist.search.errors import SearchError
+from pointillist.search.module_errors import best_modules, measure_modules, together
 
 THRESHOLD = 0.1
 """Of r: a module is computed above it."""
 LIMIT = 5.0
 """Of the logits' sizes."""
 LEAST_WEIGHT = 0.1
-"""Of λ."""
+"""Of the paper's λ."""
+PROXIES = ("sensitivity", "paper")
+STARTS = ("measured", "noise")
+BEGIN = {True: 1.0, False: -3.5}
+"""Logits of a measured start: of modules that are computed, and of those that are reused."""
 GAIN = 0.5
 """How fast β follows the share of reused modules: in its logarithm, per trajectory and unit of share."""
 VERSION = 1
@@ -51,7 +63,7 @@ class Learning:
     prompts: tuple[str, ...]
     call: dict[str, Any] = field(hash=False)
     """Arguments of the pipeline beside the prompt: size, frames, steps, guidance."""
-    iterations: int = 200
+    iterations: int = 0
     """Trajectories; each changes the logits of every step once."""
     share: float | None = 0.5
     """Of all modules in all steps, so many are to be reused; or
@@ -61,8 +73,14 @@ class Learning:
     """Learning rate of AdamW without decay; the paper's 0.01 is for a hundred times as many updates."""
     renew: int = 20
     """After so many trajectories λ is measured anew (C in the paper)."""
+    proxy: str = "sensitivity"
+    """How λ is measured."""
+    start: str = "measured"
+    """What the first logits are."""
+    clips: int = 2
+    """Measured so many, for a measured start."""
     spread: float = 1.0
-    """Standard deviation of the first logits; less for few trajectories."""
+    """Standard deviation of the first logits, if they are noise; less for few trajectories."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -72,8 +90,15 @@ class Learning:
             raise SearchError(f"the share of reused modules is {self.share}; it must be above 0 and below 1")
         if self.beta is not None and not (math.isfinite(self.beta) and self.beta >= 0):
             raise SearchError(f"beta is {self.beta}; it must be a number, 0 or more")
-        if self.iterations < 1 or self.renew < 1:
-            raise SearchError(f"{self.iterations} iterations are not possible; 1 or more are")
+        if self.start not in STARTS:
+            raise SearchError(f"the start is {self.start!r}; allowed are {', '.join(STARTS)}")
+        if self.start == "measured" and self.share is None:
+            raise SearchError("a measured start needs a share of reused modules; with beta, start from noise")
+        least = 0 if self.start == "measured" else 1
+        if self.iterations < least or self.renew < 1 or self.clips < 1:
+            raise SearchError(f"{self.iterations} iterations are not possible; {least} or more are")
+        if self.proxy not in PROXIES:
+            raise SearchError(f"the proxy is {self.proxy!r}; allowed are {', '.join(PROXIES)}")
         if not self.prompts:
             raise SearchError("there is no prompt to learn with; one is enough")
 
@@ -116,6 +141,10 @@ class Router:
         zeros = torch.zeros_like(logits)
         weights = torch.ones(learning.steps)
         return cls(logits, zeros, zeros.clone(), weights, generator, beta=learning.beta or 0.0)
+
+    def start_from(self, computed: np.ndarray) -> None:
+        """Logits that say which modules are computed, bool [steps, modules]."""
+        self.logits[1:] = torch.where(torch.from_numpy(computed[1:]), BEGIN[True], BEGIN[False])
 
     @property
     def share(self) -> float:
@@ -202,19 +231,48 @@ def learn_table(
         shift=shift_of(pipe.scheduler),
         guided=learning.guidance > 1,
     )
-    resumes = checkpoint is not None and checkpoint.exists()
-    router = Router.load(checkpoint, learning, layers) if resumes else Router.begin(learning, layers)  # type: ignore[arg-type]
+    if checkpoint is not None and checkpoint.exists():
+        router = Router.load(checkpoint, learning, layers)
+    else:
+        router = Router.begin(learning, layers)
+        if learning.start == "measured":
+            router.start_from(_measured(pipe, learning, targets, router.generator, progress))
+            if checkpoint is not None:
+                router.save(checkpoint, learning)
     while router.iteration < learning.iterations:
         progress("learning the cache table", router.iteration, learning.iterations)
-        if router.iteration and router.iteration % learning.renew == 0:
-            table = router.table(None, made_for, name)
-            router.weights = _image_errors(pipe, learning, table, router.weights, *_draw(learning, router.generator))
+        if router.iteration % learning.renew == 0 and (router.iteration or learning.proxy != "paper"):
+            begun = router.iteration or learning.start == "measured"
+            table = router.table(None, made_for, name) if begun else CacheTable.every(learning.steps, layers, 2)
+            drawn = _draw(learning, router.generator)
+            if learning.proxy == "paper":
+                router.weights = _image_errors(pipe, learning, table, router.weights, *drawn)
+            else:
+                router.weights = _sensitivities(pipe, learning, table, *drawn)
         slopes = _Trajectory(learning, router, targets).run(pipe)
         _steer(learning, router, slopes)
         router.iteration += 1
         if checkpoint is not None:
             router.save(checkpoint, learning)
     return router.table(learning.share, made_for, name)
+
+
+def _measured(
+    pipe: Any, learning: Learning, targets: tuple[Target, ...], generator: torch.Generator, progress: Progress
+) -> np.ndarray:
+    """bool [steps, modules]: the table that costs least by what reusing each module was measured to cost."""
+    assert learning.share is not None, "a measured start has a share"
+    clips = []
+    for number in range(learning.clips):
+        progress("measuring what reusing a module costs", number, learning.clips)
+        prompt, seed = _draw(learning, generator)
+
+        def run(prompt: str = prompt, seed: int = seed) -> torch.Tensor:
+            return generated(pipe, learning, prompt, seed)
+
+        clips.append(measure_modules(run, pipe, targets, lambda outs: guided(outs, learning.guidance), KINDS))
+    vectors = together(clips)
+    return best_modules(vectors, round(learning.share * vectors.shape[1] * vectors.shape[2]))
 
 
 def _draw(learning: Learning, generator: torch.Generator) -> tuple[str, int]:
@@ -258,11 +316,34 @@ def _image_errors(
     return torch.where(errors > 0, relative.clamp(min=LEAST_WEIGHT), before)
 
 
-def computed_at(table: CacheTable, step: int) -> CacheTable:
-    """The same table, but for one step, in which everything is computed."""
+def _sensitivities(pipe: Any, learning: Learning, table: CacheTable, prompt: str, seed: int) -> torch.Tensor:
+    """λ [steps], mean 1: how much the latents change for each change of a step's guided output, squares of both.
+
+    Where the table reuses something, nothing is reused at that step alone; else everything is.
+    """
+
+    def run(table: CacheTable) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        outputs: list[torch.Tensor] = []
+        with accelerate(pipe, "none", cache=table) as handle:
+            handle.watch_velocities(lambda velocity: outputs.append(velocity.detach().clone()))
+            return generated(pipe, learning, prompt, seed), outputs
+
+    latents, outputs = run(table)
+    found = torch.ones(learning.steps)
+    for step in range(1, learning.steps):
+        whole = computed_at(table, step)
+        changed, others = run(whole if whole != table else computed_at(table, step, False))
+        moved = (others[step] - outputs[step]).double().square().sum()
+        found[step] = float((changed - latents).double().square().sum() / moved.clamp(min=1e-30))
+    found[0] = 0.0  # it is computed in any case
+    return found / found[1:].mean()
+
+
+def computed_at(table: CacheTable, step: int, everything: bool = True) -> CacheTable:
+    """The same table, but for one step, in which everything is computed, or nothing."""
 
     def rows(of: tuple[str, ...]) -> tuple[str, ...]:
-        return *of[:step], "1" * table.layers, *of[step + 1 :]
+        return *of[:step], "01"[everything] * table.layers, *of[step + 1 :]
 
     return replace(table, attention=rows(table.attention), mlp=rows(table.mlp))
 
@@ -317,11 +398,22 @@ class _Trajectory:
             call = target.family.named(target.transformer, args, kwargs)
             tokens = target.family.tokens(target.transformer, call)
             self._state.enter(target.name, target.family.timestep(call), tokens)
+            form: bridge.Form | None = None
+            others: list[torch.Tensor] = []
+
+            def compute() -> torch.Tensor:
+                nonlocal form, others
+                output = original(*args, **kwargs)
+                form = bridge.Form.of(output)
+                first, *others = bridge.parts_of(output)
+                return first
+
             try:
-                out = self._both(lambda: original(*args, **kwargs)[0])
+                out = self._both(compute)
             finally:
                 self._state.leave()
-            return bridge.output_like(target.transformer, out, kwargs.get("return_dict", True))
+            assert form is not None, "it has been computed"
+            return form.give([out, *(other.detach() for other in others)])
 
         return call
 

@@ -22,7 +22,7 @@ import gradio as gr
 
 from pointillist.pipelines.engine import Engine
 from pointillist.pipelines.outputs import Outputs
-from pointillist.web import compare, gallery, generate, inspect, repaint, search, system
+from pointillist.web import compare, gallery, generate, inspect, remote, repaint, search, system
 from pointillist.web.shared import Shared
 from pointillist.web.style import CSS
 
@@ -36,18 +36,24 @@ TABS: tuple[tuple[str, str, ModuleType], ...] = (
     ("system", "System", system),
 )
 """Id, title and module of every tab, in their order."""
+REMOTE: tuple[tuple[str, str, ModuleType], ...] = (("remote", "Remote", remote),)
+"""Where a server is named, behind the first."""
 
 
-def build(engine: Engine, outputs: Outputs, models: tuple[str, ...] = (), any_model: bool = False) -> gr.Blocks:
-    """The page. `css()` is given to its launch. For `models` and `any_model` see `Shared`."""
+def build(
+    engine: Engine, outputs: Outputs, models: tuple[str, ...] = (), any_model: bool = False, server: str = ""
+) -> gr.Blocks:
+    """The page. `css()` is given to its launch. For `models` and `any_model` see `Shared`; `server` is its `remote`."""
     with gr.Blocks(title="Pointillist", analytics_enabled=False, fill_width=True) as page:
         clip = gr.BrowserState("", storage_key="pointillist-clip", secret="pointillist")
         settings, plan = gr.State(None), gr.State(None)
         gr.HTML('<div class="banner"><b>Pointillist</b><span>video, accelerated: see what is computed</span></div>')
-        with gr.Tabs(elem_id="tabs") as tabs:
-            for name, title, module in TABS:
+        with gr.Tabs(elem_id="tabs", overflow_behavior="wrap") as tabs:
+            for name, title, module in TABS[:1] + REMOTE * bool(server) + TABS[1:]:
                 with gr.Tab(title, id=name, elem_id=f"tab-{name}", render_children=True) as here:
-                    module.tab(engine, Shared(page, tabs, here, outputs, clip, settings, plan, models, any_model))
+                    module.tab(
+                        engine, Shared(page, tabs, here, outputs, clip, settings, plan, models, any_model, server)
+                    )
     return page
 
 

@@ -45,7 +45,10 @@ CSS = """
 .player canvas { width: 100%; display: block; border-radius: 6px; background: #000; image-rendering: auto; }
 .player figcaption { text-align: center; font-size: .85rem; padding-top: .2rem; color: var(--body-text-color-subdued); }
 .player .bar { display: flex; gap: .6rem; align-items: center; margin-top: .6rem; flex-wrap: wrap; }
-.player input { accent-color: var(--primary-500); }
+.player input { appearance: none; height: 6px; border-radius: 3px; background: var(--block-border-color); }
+.player input::-webkit-slider-thumb { appearance: none; width: 16px; height: 16px; border-radius: 50%;
+  background: var(--primary-500); }
+.player input::-moz-range-thumb { border: 0; background: var(--primary-500); }
 .player .frame { flex: 1 1 160px; }
 .player .said { min-width: 11rem; font-variant-numeric: tabular-nums; text-align: right; font-size: .9rem; }
 .player button { padding: .3rem .8rem; border-radius: 6px; border: 1px solid var(--block-border-color);

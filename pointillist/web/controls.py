@@ -35,7 +35,8 @@ CONTROLS = (
 
 def draw(shared: Shared, first: Outline) -> dict[str, Any]:
     """Draw them; by name. Beside those of `CONTROLS` some that act on them."""
-    call, made = first.call, {}
+    call = first.call
+    made: dict[str, Any] = {}
     made["model"] = gr.Dropdown(
         list(dict.fromkeys([*models_here(), *shared.models])), value="embedded", label="Model",
         elem_id="generate-model", allow_custom_value=shared.any_model,
@@ -74,8 +75,8 @@ def draw(shared: Shared, first: Outline) -> dict[str, Any]:
             scale=3,
             min_width=120,
         )
-        made["dice"] = gr.Button("Random", size="sm", elem_id="generate-dice", scale=1)
-        made["again"] = gr.Button("Last", size="sm", elem_id="generate-again", scale=1)
+        made["dice"] = gr.Button("Random", size="sm", elem_id="generate-dice", scale=1, min_width=70)
+        made["again"] = gr.Button("Last", size="sm", elem_id="generate-again", scale=1, min_width=70)
     with gr.Group():
         made["speed"] = gr.Slider(
             0,
@@ -137,9 +138,10 @@ def draw(shared: Shared, first: Outline) -> dict[str, Any]:
 def request_of(shared: Shared, asked: dict[str, Any], warm: bool, output: Path | None = None) -> GenerateRequest:
     """What the controls say. Raises ValueError, and NoRoom for a full disk."""
     prompt, negative = cleaned(asked["prompt"]), cleaned(asked["negative"], "negative prompt")
-    if asked["model"] not in models_here() and asked["model"] not in shared.models and not shared.any_model:
-        raise ValueError(f"the model {asked['model']!r:.80} is not offered here")
-    outline = outline_of(str(asked["model"]))
+    outline = offered_model(shared, asked["model"])
+    for name, legal in (("width", outline.sides), ("height", outline.sides), ("frames", outline.lengths)):
+        if asked[name] not in legal:
+            raise ValueError(f"{name} {asked[name]!r:.20} is not possible; choose one from the list")
     speed: str | None = SPEEDS[int(asked["speed"])]
     plan = None
     if asked["plan"] != BY_SLIDER:
@@ -159,6 +161,13 @@ def request_of(shared: Shared, asked: dict[str, Any], warm: bool, output: Path |
         regions="easy" if asked["regions"] and not exact else "auto" if exact else "none",
         keep=shared.outputs.kept(path) if asked["keep"] else None, warm_up=not warm,
     )  # fmt: skip
+
+
+def offered_model(shared: Shared, name: Any) -> Outline:
+    """Raises ModelError for a model that is not offered here: folders may be named on this machine alone."""
+    if not shared.any_model and name not in models_here() and name not in shared.models:
+        raise ModelError(f"the model {str(name)!r:.80} is not offered here; choose one from the list")
+    return outline_of(str(name))
 
 
 def _another_shift(outline: Outline, shift: float | None) -> bool:
@@ -194,7 +203,7 @@ def _plans(shared: Shared, outline: Outline) -> tuple[list[tuple[str, str]], str
 def for_model(shared: Shared, name: str) -> list[Any]:
     """The controls of what a model can make."""
     try:
-        outline = outline_of(str(name))
+        outline = offered_model(shared, name)
     except ModelError:
         return [gr.skip()] * 8  # the prediction says what is wrong
     call, (plans, unfit) = outline.call, _plans(shared, outline)
@@ -211,7 +220,7 @@ def loaded(shared: Shared, facts: dict[str, Any] | None) -> list[Any]:
     if not facts:
         return [gr.skip()] * len(CONTROLS)
     try:
-        outline = outline_of(str(facts["model"]))
+        outline = offered_model(shared, facts["model"])
     except (ModelError, KeyError):
         gr.Warning("The model of this clip is not on this machine; its other settings are loaded.")
         outline = outline_of("embedded")
@@ -245,7 +254,7 @@ def offered(shared: Shared, path: str | None, model: str) -> Any:
     if not path:
         return gr.skip()
     try:
-        plans, _ = _plans(shared, outline_of(model))
+        plans, _ = _plans(shared, offered_model(shared, model))
     except ValueError:
         return gr.skip()
     name = Path(path).stem

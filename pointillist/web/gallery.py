@@ -21,7 +21,8 @@ QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 CSS = """
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: .7rem; }
 .card { text-align: left; padding: 0; font-weight: 400; border-radius: 8px; cursor: pointer;
-  border: 1px solid var(--block-border-color); overflow: hidden; background: var(--background-fill-secondary); color: var(--body-text-color); }
+  border: 1px solid var(--block-border-color); overflow: hidden; background: var(--background-fill-secondary);
+  color: var(--body-text-color); }
 .card:hover, .card:focus-visible { border-color: var(--primary-500); outline: none; }
 .card video, .card img { width: 100%; aspect-ratio: 1; object-fit: cover; display: block; margin: 0; }
 .card p { margin: 0; padding: .35rem .5rem 0; font-size: .8rem; display: -webkit-box; -webkit-line-clamp: 2;

@@ -20,7 +20,7 @@ from pointillist.web.limits import cleaned
 from pointillist.web.shared import Shared
 
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-BRUSHES = ["#ffffff", "#e07a3f"]
+BRUSHES: list[str | tuple[str, float]] = [("#ffffff", 0.65), ("#f97316", 0.65)]
 
 CSS = """
 .repaint-cost { font-size: var(--text-md); }

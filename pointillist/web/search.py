@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,10 @@ import gradio as gr
 
 from pointillist.accel.plan import PlanError
 from pointillist.files import write_whole
+from pointillist.hardware.profile import profile_names
 from pointillist.pipelines.engine import Engine, Job
-from pointillist.pipelines.load import EMBEDDED_FRAMES, EMBEDDED_SIDES
-from pointillist.pipelines.outline import models_here
+from pointillist.pipelines.load import ModelError
+from pointillist.pipelines.outline import models_here, outline_of
 from pointillist.pipelines.points import read_points
 from pointillist.pipelines.search import SearchRequest
 from pointillist.pipelines.searches import Searches
@@ -24,6 +26,7 @@ from pointillist.web.pick import picked, picker
 from pointillist.web.shared import Shared
 
 OWN = "the model's own"
+HERE = "this machine"
 FASTER, BETTER = "so many times as fast", "at least so many dB"
 NAMED = {"quality (little is lost)": "quality", "balanced": "balanced", "fast": "fast"}
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
@@ -31,7 +34,7 @@ QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
 def tab(engine: Engine, shared: Shared) -> None:
     """Draw the tab, and connect its events."""
-    searches = Searches(shared.outputs.folder / "searches")
+    searches, first = Searches(shared.outputs.folder / "searches"), outline_of("embedded")
     gr.Markdown(
         "A search runs the model densely, tries every pattern on every head, and finds which plan loses least at each "
         "speed. It takes as long as several dense clips, and goes on where it stopped."
@@ -45,14 +48,15 @@ def tab(engine: Engine, shared: Shared) -> None:
                 allow_custom_value=shared.any_model, elem_id="search-model",
             )  # fmt: skip
             with gr.Row():
-                width = _choice("Width", EMBEDDED_SIDES, "search-width")
-                height = _choice("Height", EMBEDDED_SIDES, "search-height")
+                width = _choice("Width", first.sides, "search-width")
+                height = _choice("Height", first.sides, "search-height")
             with gr.Row():
-                frames = _choice("Frames", EMBEDDED_FRAMES, "search-frames")
+                frames = _choice("Frames", first.lengths, "search-frames")
                 steps = _choice("Steps", (6, 10, 20, 30, 50), "search-steps")
             with gr.Accordion("More", open=False):
                 verify = gr.Checkbox(True, label="Run plans on another prompt, and correct predictions by it",
                                      elem_id="search-verify")  # fmt: skip
+                hardware = gr.Dropdown([HERE, *profile_names()], value=HERE, label="For", elem_id="search-hardware")
                 reuse = gr.Checkbox(True, label="Steps may reuse what others computed", elem_id="search-reuse")
             start = gr.Button("Search", variant="primary", elem_id="search-start")
             panel_place = gr.Column()
@@ -85,7 +89,7 @@ def tab(engine: Engine, shared: Shared) -> None:
         path = str(found[number][1]) if number is not None else None
         return [
             charts.curve(points, number), words, gr.Button(visible=able), gr.DownloadButton(visible=able, value=path),
-            number, gr.Button("Go on with it", visible=not over and not _at_work(engine, folder)),
+            number, gr.Button("Go on with it", visible=not over),
         ]  # fmt: skip
 
     def finished(job: Job) -> list[Any]:
@@ -98,7 +102,7 @@ def tab(engine: Engine, shared: Shared) -> None:
         panel = JobPanel(engine, shared, "search", finished, [known, *shown], progressed)
 
     def begin(wish: str, number: float, model: str, *rest: Any) -> list[Any]:
-        width, height, frames, steps, verify, reuse = rest
+        width, height, frames, steps, verify, reuse, hardware = rest
         try:
             if model not in models_here() and model not in shared.models and not shared.any_model:
                 raise ValueError(f"the model {model!r:.80} is not offered here")
@@ -106,13 +110,18 @@ def tab(engine: Engine, shared: Shared) -> None:
             sizes = {"width": width, "height": height, "frames": frames, "steps": steps}
             asked |= {name: _number(name, value) for name, value in sizes.items()}
             shared.outputs.new()  # refuses if there is no room
-            return submit(searches.new(model=model.strip(), verify=bool(verify), cache=bool(reuse), **asked))
+            asked |= {"verify": bool(verify), "cache": bool(reuse)}
+            asked["hardware"] = hardware if hardware in profile_names() else "auto"
+            return submit(searches.new(model=model, **asked))
         except (ValueError, OSError) as error:
             return [*panel.refuse(str(error)), gr.skip()]
 
-    def go_on(name: str) -> list[Any]:
+    def go_on(name: str | None) -> list[Any]:
         try:
-            return submit(searches.request(name))
+            request = searches.request(name or "")
+            if _at_work(engine, request.folder):
+                raise ValueError("this search is at work, or waits for its turn")
+            return submit(request)
         except (ValueError, OSError) as error:
             return [*panel.refuse(str(error)), gr.skip()]
 
@@ -134,7 +143,8 @@ def tab(engine: Engine, shared: Shared) -> None:
         return [str(plan), gr.Tabs(selected="generate")]
 
     wish.change(lambda wish: _number_field(wish), wish, number, **QUIET)
-    asked = [wish, number, model, width, height, frames, steps, verify, reuse]
+    model.change(_for_model, model, [width, height, frames], **QUIET)
+    asked = [wish, number, model, width, height, frames, steps, verify, reuse, hardware]
     start.click(begin, asked, [*panel.begun, known], **QUIET)
     resume.click(go_on, known, [*panel.begun, known], **QUIET)
     known.change(show, known, shown, **QUIET)
@@ -143,9 +153,20 @@ def tab(engine: Engine, shared: Shared) -> None:
     shared.page.load(lambda: _listed(searches, None), None, known, **QUIET)
 
 
-def _choice(label: str, values: tuple[int, ...], elem_id: str) -> gr.Dropdown:
+def _choice(label: str, values: Sequence[int], elem_id: str) -> gr.Dropdown:
     choices = [OWN, *map(str, values)]
-    return gr.Dropdown(choices, value=OWN, label=label, allow_custom_value=True, elem_id=elem_id, min_width=120)
+    return gr.Dropdown(choices, value=OWN, label=label, elem_id=elem_id, min_width=120)
+
+
+def _for_model(name: str) -> list[gr.Dropdown]:
+    """Width, height and frames that a model can make."""
+    try:
+        outline = outline_of(name)
+    except ModelError as error:
+        gr.Warning(str(error))
+        return [gr.skip()] * 3
+    each = (outline.sides, outline.sides, outline.lengths)
+    return [gr.Dropdown([OWN, *map(str, values)], value=OWN) for values in each]
 
 
 def _number_field(wish: str) -> gr.Number:

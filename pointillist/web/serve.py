@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from pointillist.pipelines.remote import Server
 from pointillist.web.limits import QUEUE, UPLOAD
 
 USER = "pointillist"
@@ -36,7 +37,13 @@ def check_password(host: str, password: str | None) -> None:
 
 
 def serve(
-    host: str, port: int, folder: Path, password: str | None = None, models: tuple[str, ...] = (), **more: Any
+    host: str,
+    port: int,
+    folder: Path,
+    password: str | None = None,
+    models: tuple[str, ...] = (),
+    remote: str = "",
+    **more: Any,
 ) -> Any:
     """Serve the page until it is interrupted; with `prevent_thread_lock=True`, return it and its engine at once.
 
@@ -45,6 +52,8 @@ def serve(
         OSError: the folder cannot be written, or the port is taken.
     """
     check_password(host, password)
+    if remote:
+        Server(remote)  # what is no server is told at once
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     import gradio as gr
@@ -57,7 +66,7 @@ def serve(
     outputs = Outputs(folder.absolute())
     check_output(outputs.folder / "x.mp4")
     engine = Engine(queue=QUEUE)
-    page = build(engine, outputs, models, any_model=is_this_machine(host))
+    page = build(engine, outputs, models, any_model=is_this_machine(host), server=remote)
     page.queue(default_concurrency_limit=16, max_size=REQUESTS, api_open=False)
     try:
         page.launch(

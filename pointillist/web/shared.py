@@ -32,3 +32,5 @@ class Shared:
     """Folders and Hub ids that whoever started the page offers, beside those in the Hub's cache."""
     any_model: bool = False
     """Whether any folder may be named: only where the page is for this machine alone."""
+    remote: str = ""
+    """The URL of a server that clips may be asked of; "" is none. Whoever starts the page names it, nobody else."""

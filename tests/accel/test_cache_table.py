@@ -6,14 +6,20 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import PyramidAttentionBroadcastConfig, UniPCMultistepScheduler
+from diffusers import (
+    FasterCacheConfig,
+    FlowMatchEulerDiscreteScheduler,
+    PyramidAttentionBroadcastConfig,
+    TaylorSeerCacheConfig,
+    UniPCMultistepScheduler,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from families import Family
-from pointillist import AccelerateError, Plan, accelerate
+from pointillist import AccelerateError, Plan, accelerate, defaults, load_pipeline
 from pointillist.accel import memory
-from pointillist.accel.models import wan
+from pointillist.accel.conflicts import model_of, targets_of
 from pointillist.accel.regions.policy import Regions
 from pointillist.accel.schedule import Schedule
 from pointillist.accel.step_cache.table import CacheTable, CacheTableError, MadeFor
@@ -154,6 +160,58 @@ def test_attention_at_intervals_is_pyramid_attention_broadcast():
     assert not torch.equal(theirs, dense)
 
 
+@pytest.mark.parametrize(("name", "guidance"), [("wan", 3.0), ("wan", 1.0), ("ltx", 1.0)])
+def test_module_outputs_on_a_line_are_taylor_seer(name, guidance):
+    """TaylorSeer of first order counts steps, ours goes by sigmas: they are one where sigmas are evenly spaced."""
+    family, steps = Family(name), 11
+    family.pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    transformer, layers = family.pipe.transformer, LAYERS[name]
+    theirs = {}
+    for modules in ("attn1", "(attn1|ffn|ff)"):
+        transformer.enable_cache(
+            TaylorSeerCacheConfig(
+                cache_interval=3, disable_cache_before_step=3, max_order=1, taylor_factors_dtype=torch.float32,
+                cache_identifiers=[f"^(blocks|transformer_blocks)\\.\\d+\\.{modules}$"],
+            )
+        )  # fmt: skip
+        theirs[modules] = family.run(steps=steps, guidance=guidance)
+        transformer.disable_cache()
+    rows = tuple(("1" if step in (0, 1, 2, 4, 7, 10) else "0") * layers for step in range(steps))
+    whole = ("1" * layers,) * steps
+    for modules, mlp in (("attn1", whole), ("(attn1|ffn|ff)", rows)):
+        with accelerate(family.pipe, "none", cache=CacheTable(rows, mlp, predictor="taylor")) as handle:
+            found = family.run(steps=steps, guidance=guidance)
+            assert handle.sigmas[0] - handle.sigmas[1] == pytest.approx(handle.sigmas[-2] - handle.sigmas[-1], rel=1e-3)
+        torch.testing.assert_close(found, theirs[modules], atol=1e-5, rtol=1e-4)
+        assert not torch.allclose(found, family.run(steps=steps, guidance=guidance), atol=1e-3)
+
+
+def test_attention_at_intervals_is_faster_cache_without_its_weight():
+    """FasterCache continues from what it predicted itself; with the weight 0 it reuses the last computed attention."""
+    family, timestep = Family("wan"), {}
+    transformer = family.pipe.transformer
+    hook = transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: timestep.update(now=int(kwargs["timestep"][0])), with_kwargs=True
+    )
+    transformer.enable_cache(
+        FasterCacheConfig(
+            spatial_attention_block_skip_range=2, spatial_attention_timestep_skip_range=(-1, 900),
+            spatial_attention_block_identifiers=("blocks.*attn1",), attention_weight_callback=lambda module: 0.0,
+            current_timestep_callback=lambda: timestep["now"], is_guidance_distilled=True,
+        )
+    )  # fmt: skip
+    theirs = family.run(guidance=1.0)
+    transformer.disable_cache()
+    hook.remove()
+    with accelerate(family.pipe, "none") as handle:
+        dense = family.run(guidance=1.0)
+        sigmas = handle.sigmas
+    rows = tuple("00" if int(1000 * s) < 900 and i % 2 else "11" for i, s in enumerate(sigmas))
+    with accelerate(family.pipe, "none", cache=CacheTable(rows, ("11",) * 8)):
+        torch.testing.assert_close(family.run(guidance=1.0), theirs, atol=1e-6, rtol=1e-5)
+    assert not torch.equal(theirs, dense) and "00" in rows
+
+
 def test_a_predictor_extrapolates_what_a_module_gave():
     family = Family("wan")
     table = CacheTable.every(8, 2, 3)
@@ -168,7 +226,7 @@ def test_a_predictor_extrapolates_what_a_module_gave():
 
 def test_what_does_not_fit_is_refused(tmp_path):
     family = Family("wan")
-    model = wan.fingerprint(family.pipe.transformer)
+    model = model_of(targets_of(family.pipe))
     mine = replace(CacheTable.every(8, 2, 2), made_for=replace(MADE_FOR, model=model))
     for wrong, message in (
         (replace(mine, made_for=MADE_FOR), f"another model: wan-made-up, but here it is {model}"),
@@ -192,7 +250,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
     hook.remove()
     other = Family("wan")
     doubtful = replace(
-        mine, made_for=replace(mine.made_for, shift=5.0, plan="mine", model=wan.fingerprint(other.pipe.transformer))
+        mine, made_for=replace(mine.made_for, shift=5.0, plan="mine", model=model_of(targets_of(other.pipe)))
     )
     doubtful.save(tmp_path / "table.json")
     with accelerate(other.pipe, "none", cache=f"table:{tmp_path / 'table.json'}") as handle:
@@ -275,6 +333,17 @@ def test_any_bytes_give_a_table_or_an_error(tmp_path_factory, noise, cut):
         path.write_bytes(data)
         with contextlib.suppress(CacheTableError):
             assert CacheTable.load(path) == CacheTable.from_json(data.decode())
+
+
+def test_the_shipped_table_is_the_embedded_models():
+    pipe = load_pipeline("embedded")
+    table = CacheTable.shipped(model_of(targets_of(pipe, sparse=False)))
+    assert table.share == 0.5 and table.steps == defaults(pipe)["num_inference_steps"] and table.layers == 6
+    with accelerate(pipe, "none", cache="table") as handle:
+        pipe("a red circle on black", height=64, width=64, num_frames=17, num_inference_steps=20, output_type="latent")
+        report = handle.report()
+    assert "50% of the modules reused" in report.cache and not report.fallbacks
+    assert report.held["step cache"] == pytest.approx(report.predicted["step cache"], rel=0.05)
 
 
 def test_regions_are_not_mixed_in():

@@ -9,6 +9,7 @@ from diffusers import (
     FlowMatchHeunDiscreteScheduler,
     UniPCMultistepScheduler,
 )
+from diffusers.models._modeling_parallel import ContextParallelConfig, ParallelConfig
 
 from conftest import make_pipe, make_transformer
 from families import Family
@@ -41,6 +42,24 @@ def flux():
     return Family("flux").pipe
 
 
+def split(pipe, **degrees):
+    """As `enable_parallelism` leaves a model; rules are checked before any process is asked."""
+    pipe.transformer._parallel_config = ParallelConfig(context_parallel_config=ContextParallelConfig(**degrees))
+    return pipe
+
+
+def ring():
+    return split(make_pipe(), ring_degree=2, ulysses_degree=1)
+
+
+def ulysses():
+    return split(make_pipe(), ring_degree=1, ulysses_degree=2)
+
+
+def half_split():
+    return split(make_pipe(transformer_2=make_transformer()), ring_degree=1, ulysses_degree=2)
+
+
 def cosmos():
     return Family("cosmos").pipe
 
@@ -69,6 +88,11 @@ APPLYING = {
     "a curve of another attention": (
         make_pipe, dict(plan=SPARSE, cache=curve(plan="none")), "with the attention plan 'none'; here it is 'uniform",
     ),
+    "a plan that a ring cannot carry out": (ring, dict(plan=SPARSE), "cannot run in a ring of 2 processes"),
+    "regions that make keys anew, over several processes": (
+        ulysses, dict(plan="none", regions="change:keys=input"), "each of several processes has a part",
+    ),
+    "one transformer of two is split": (half_split, dict(plan="none"), "is split over processes and one is not"),
     "one transformer of two is missing": (half_loaded, dict(plan="none"), "only pipe.transformer is there"),
 }  # fmt: skip
 

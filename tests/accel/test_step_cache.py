@@ -5,7 +5,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from diffusers import FirstBlockCacheConfig, MagCacheConfig
+from diffusers import (
+    FasterCacheConfig,
+    FirstBlockCacheConfig,
+    FlowMatchEulerDiscreteScheduler,
+    MagCacheConfig,
+    PyramidAttentionBroadcastConfig,
+    SeaCacheConfig,
+    TaylorSeerCacheConfig,
+)
 
 from families import Family
 from pointillist import AccelerateError, Plan, PlanError, accelerate
@@ -14,6 +22,7 @@ from pointillist.accel.plan import Schedule
 from pointillist.accel.step_cache.magnitude import at_steps, shipped_curves
 from pointillist.accel.step_cache.policy import Caching, CachingError
 from pointillist.accel.step_cache.predictors import PREDICTORS, exponential, polynomial
+from pointillist.accel.step_cache.table import CacheTable
 
 FAMILIES = ("wan", "flux", "ltx")
 NEVER = ("easy:threshold=0", "first_block:threshold=0", "rate:threshold=0,level=output,predictor=taylor")
@@ -115,6 +124,33 @@ def test_magnitude_is_that_of_diffusers(family):
     with accelerate(family.pipe, "none", cache=caching) as handle:
         torch.testing.assert_close(family.run(), theirs, atol=1e-5, rtol=1e-4)
         assert handle.report().steps["cached"] >= 2
+
+
+def evenly(name: str) -> Family:
+    """Sigmas that are evenly spaced, so that a line over them is a line over step numbers."""
+    family = Family(name)
+    family.pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    return family
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_sea_cache_reuses_what_ours_does(order):
+    """Its distance is its own; where it may reuse, what stands in is the same: the last residual, or a line."""
+    family = evenly("wan")
+    transformer, predictor = family.pipe.transformer, ("last", "taylor")[order]
+    transformer.enable_cache(
+        SeaCacheConfig(
+            threshold=1e6, residual_order=order, retention_steps=2, cache_end_steps=1, max_consecutive_cached=2
+        )
+    )
+    theirs = family.run(steps=9)
+    transformer.disable_cache()
+    caching = Caching("magnitude", (("curve", (1.0,)),), predictor, first=2 / 9, last=1, most=2)
+    with accelerate(family.pipe, "none", cache=caching) as handle:
+        found = family.run(steps=9)
+        assert [kind == "cached" for kind in handle.report().kinds] == [0, 0, 1, 1, 0, 1, 1, 0, 0]
+    torch.testing.assert_close(found, theirs, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(theirs, family.run(steps=9), atol=1e-3)
 
 
 def test_tokens_of_a_batch_are_computed_if_one_entry_needs_it(family):
@@ -277,6 +313,41 @@ def test_what_cannot_fit_is_refused(family, monkeypatch):
             family.run()
             assert handle.report().held["step cache"] > 100
     assert torch.equal(family.run(), dense)
+
+
+THEIRS = {
+    "first block": FirstBlockCacheConfig(),
+    "magnitude": MagCacheConfig(num_inference_steps=8, mag_ratios=[1.0] * 8),
+    "Taylor": TaylorSeerCacheConfig(),
+    "Taylor, lite": TaylorSeerCacheConfig(use_lite_mode=True),
+    "pyramid": PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=2, current_timestep_callback=lambda: 500
+    ),
+    "faster": FasterCacheConfig(current_timestep_callback=lambda: 500, is_guidance_distilled=True),
+    "sea": SeaCacheConfig(),
+}
+
+
+@pytest.mark.parametrize("name", THEIRS)
+def test_a_cache_of_diffusers_is_refused_before_anything_is_changed(name):
+    """Whatever of ours is asked for: a cache, a table, regions, or sparse attention."""
+    family = Family("wan")
+    transformer = family.pipe.transformer
+    transformer.enable_cache(THEIRS[name])
+    before = [(set(vars(module)), len(module._forward_hooks)) for module in transformer.modules()]
+    methods = {name: vars(family.pipe.scheduler).get(name) for name in ("set_timesteps", "step")}
+    for wish in (
+        dict(plan="none", cache="easy"), dict(plan="none", cache=CacheTable.every(8, 2, 2)),
+        dict(plan="none", regions="easy"), dict(plan=Plan.uniform("pooled", 0.3)), dict(plan="none"),
+    ):  # fmt: skip
+        with pytest.raises(AccelerateError, match=r"has a Diffusers cache \(.*\); call disable_cache\(\) on it"):
+            accelerate(family.pipe, **wish)
+    assert [(set(vars(module)), len(module._forward_hooks)) for module in transformer.modules()] == before
+    assert {name: vars(family.pipe.scheduler).get(name) for name in methods} == methods
+    transformer.disable_cache()
+    with accelerate(family.pipe, "none", cache="easy") as handle:
+        family.run()
+        assert len(handle.report().kinds) == 8
 
 
 def test_unknown_models_are_cached_but_not_sparse():

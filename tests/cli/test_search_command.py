@@ -5,6 +5,7 @@ import json
 import pytest
 
 from pointillist.accel.plan import Plan, Rule
+from pointillist.accel.step_cache.table import CacheTable
 from pointillist.cli import run
 from pointillist.search.candidates import DENSE
 from pointillist.search.sensitivity import REFERENCE
@@ -96,3 +97,15 @@ def test_too_many_prompts(tmp_path, capsys):
     words = ["--prompts", str(tmp_path / "prompts.txt"), "--output", str(tmp_path / "p.safetensors")]
     assert run(["search", *words]) == 2
     assert "10000 prompts; allowed are up to 64" in capsys.readouterr().err
+
+
+def test_a_cache_table_is_learned(tiny_folder, tmp_path, capsys):
+    """Measured, without iterations; then trained on from what was kept."""
+    output = tmp_path / "table.json"
+    size = ["--width", "32", "--height", "32", "--frames", "5", "--steps", "3"]
+    words = ["search", "--cache-table", "--model", str(tiny_folder), *size, "--output", str(output), "--json"]
+    for more in ([], ["--iterations", "1"]):
+        assert run([*words, *more]) == 0
+        assert json.loads(capsys.readouterr().out)["share"] == 0.5
+        table = CacheTable.load(output)
+        assert (table.steps, table.layers, table.share) == (3, 2, 0.5)

@@ -1,11 +1,13 @@
 """Clips of a server, over real HTTP: the two servers' ways, and everything that goes wrong."""
 
+import json
 import socket
 import threading
 import time
 
 import pytest
 
+from pointillist.cli import run
 from pointillist.pipelines.engine import Engine, LocalWork
 from pointillist.pipelines.events import JobCancelled, Phase, Step
 from pointillist.pipelines.generate import GenerateRequest
@@ -62,6 +64,18 @@ def test_what_is_not_given_is_the_servers_to_choose():
     assert fields_of(GenerateRequest("a lake")) == {"prompt": "a lake", "fps": 16}
     more = GenerateRequest("a lake", model="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", negative_prompt="blurry", shift=3.0)
     assert fields_of(more).items() >= {"model": more.model, "negative_prompt": "blurry", "flow_shift": 3.0}.items()
+
+
+def test_the_command_line_asks_a_server_too(server, tmp_path, capsys):
+    output = tmp_path / "lake.mp4"
+    arguments = ["generate", "a lake", "--remote", server.url, "--output", str(output), "--seed", "3", "--json"]
+    assert run(arguments) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts == read_settings(output) and facts["seed"] == 3
+    server.fail = "CUDA out of memory"
+    assert run(arguments) == 1 and "CUDA out of memory" in capsys.readouterr().err
+    assert run([*arguments, "--compare"]) == 2 and "cannot be sent to a server" in capsys.readouterr().err
+    assert run(["generate", "a lake", "--remote", "ftp://box", "--output", str(output)]) == 2
 
 
 def test_nobody_is_there(tmp_path):

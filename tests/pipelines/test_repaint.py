@@ -1,6 +1,7 @@
 """Repainting on a tiny Wan: what lies outside the mask stays bit by bit, and only the mask is computed."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,9 @@ from pointillist.pipelines import load
 from pointillist.pipelines import repaint as module
 from pointillist.pipelines.generate import GenerateRequest, generate
 from pointillist.pipelines.kept import load_kept
-from pointillist.pipelines.mask import read_mask, soft_edge, tokens_touched
-from pointillist.pipelines.repaint import RepaintRequest, repaint
-from pointillist.pipelines.video import Clip, OutputError, read_settings, to_pixels, write_clips
+from pointillist.pipelines.mask import read_mask, save_mask, soft_edge, tokens_touched
+from pointillist.pipelines.repaint import RepaintRequest, predict, repaint
+from pointillist.pipelines.video import Clip, OutputError, read_clip, read_settings, to_pixels, write_clips
 
 PROMPT, HALF, TOKENS = "a red circle", "0,0,64,32", 48
 
@@ -111,6 +112,30 @@ def test_work_is_in_proportion_to_the_area(made, run, rows, mask, share):
     assert result.facts["steps_run"] == {"kept": 2, "all": 2, "masked": 2}
     assert 2 * result.facts["tokens_computed"] == sum(rows) and result.facts["tokens_masked"] == masked
     assert result.facts["kinds"] == ["kept", "kept", "all", "masked", "masked", "all"]
+
+
+def test_the_cost_is_predicted_from_the_clips_own_times(made, run, tmp_path):
+    request = RepaintRequest(made.output, HALF, "black", tmp_path / "new.gif", strength=4 / 6, refresh=3)
+    found, facts = predict(request), made.facts
+    result, _ = run(made.output, strength=4 / 6, refresh=3)
+    assert found.area == 0.5 and found.computed == pytest.approx(result.facts["computed"], abs=1e-4)
+    step = np.median(facts["step_seconds"])
+    around = facts["seconds"]["total"] - facts["seconds"]["denoise"]
+    assert found.seconds == pytest.approx(found.computed * 6 * step + around) and found.again == 0
+    lost = predict(replace(request, clip=make_without_kept(made.output, tmp_path)))
+    assert lost.again == facts["seconds"]["total"] and lost.seconds == pytest.approx(found.seconds + lost.again)
+    kept = run(made.output, keep=tmp_path / "new.safetensors")[0]
+    assert predict(replace(request, clip=kept.output)).computed == found.computed
+    save_mask(np.zeros((64, 64), bool), tmp_path / "blank.png")
+    with pytest.raises(ValueError, match="is empty"):
+        predict(replace(request, mask=str(tmp_path / "blank.png")))
+
+
+def make_without_kept(clip, folder):
+    """The same clip, of which nothing was kept."""
+    facts = {name: value for name, value in read_settings(clip).items() if name != "kept"}
+    write_clips({folder / "lost.gif": Clip(read_clip(clip), facts)}, facts["fps"])
+    return folder / "lost.gif"
 
 
 def test_tokens_outside_keep_their_velocities(made, run, tmp_path):

@@ -7,11 +7,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from pointillist import load_pipeline
+from pointillist import accelerate, load_pipeline
 from pointillist.accel.step_cache.table import CacheTable, MadeFor
 from pointillist.search.cache_table import (
     Learning,
     Router,
+    _image_errors,
+    _sensitivities,
     _Trajectory,
     computed_at,
     generated,
@@ -22,7 +24,9 @@ from pointillist.search.cache_table import (
 from pointillist.search.errors import SearchError
 
 CALL = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 6, "guidance_scale": 3.0}
-LEARNING = Learning(("a red circle", "circle on black"), CALL, iterations=24, rate=0.4, renew=8, spread=0.3)
+LEARNING = Learning(
+    ("a red circle", "circle on black"), CALL, start="noise", iterations=24, rate=0.4, renew=8, spread=0.3
+)
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +83,37 @@ def test_beta_decides_how_much_is_reused(pipe):
     assert free.share < 0.3 and dear.share == 5 / 6
 
 
+def test_the_papers_proxy_counts_a_steps_error_twice(pipe):
+    """By definition: squares of what the clip changes, and the same for each square of what the step's output does."""
+    targets, table = targets_of(pipe), CacheTable.every(6, 2, 2)
+    paper = _image_errors(pipe, LEARNING, table, torch.full((6,), 7.0), "a red circle", 3)
+    ours = _sensitivities(pipe, LEARNING, table, "a red circle", 3)
+    assert paper[[0, 2, 4]].tolist() == [7.0] * 3 and ours[0] == 0 and (ours[1:] > 0).all()  # what it cannot know
+    clips, outputs = {}, {}
+    for name, each in {"running": table, **{step: computed_at(table, step) for step in (1, 3, 5)}}.items():
+        outputs[name] = []
+        with accelerate(pipe, "none", cache=each) as handle:
+            handle.watch_velocities(lambda velocity, name=name: outputs[name].append(velocity.clone()))
+            clips[name] = generated(pipe, LEARNING, "a red circle", 3)
+    moved = {step: float((clips[step] - clips["running"]).square().sum()) for step in (1, 3, 5)}
+    changed = {step: float((outputs[step][step] - outputs["running"][step]).square().sum()) for step in (1, 3, 5)}
+    assert len(targets) == 1 and float(paper[3] / paper[1]) == pytest.approx(moved[3] / moved[1], rel=1e-3)
+    for step in (3, 5):
+        expected = moved[step] / changed[step] / (moved[1] / changed[1])
+        assert float(ours[step] / ours[1]) == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_measured_start_is_the_table_without_iterations(pipe, tmp_path):
+    measured = replace(LEARNING, start="measured", iterations=0, clips=1)
+    table = learn_table(pipe, measured, tmp_path / "state.safetensors")
+    assert table.share == 0.5 and table.attention[0] == table.mlp[0] == "11"
+    assert learn_table(pipe, measured, tmp_path / "state.safetensors") == table  # from what was kept
+    others = sorted(error_of(pipe, shuffled(table)) for _ in range(4))
+    assert error_of(pipe, table) < sum(others) / 4
+    further = learn_table(pipe, replace(measured, iterations=2), tmp_path / "state.safetensors")
+    assert further.share == 0.5
+
+
 def test_going_on_gives_what_no_break_would(pipe, tmp_path):
     one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
     whole = learn_table(pipe, replace(LEARNING, iterations=5, renew=2), one)
@@ -88,8 +123,10 @@ def test_going_on_gives_what_no_break_would(pipe, tmp_path):
     with safe_open(one, "pt") as a, safe_open(two, "pt") as b:
         assert a.metadata() == b.metadata()
         assert all(torch.equal(a.get_tensor(name), b.get_tensor(name)) for name in a.keys())
-    other = learn_table(pipe, replace(LEARNING, iterations=5, renew=2, seed=1))
-    assert other != whole
+        logits = a.get_tensor("logits")
+    learn_table(pipe, replace(LEARNING, iterations=2, renew=2, seed=1), three := tmp_path / "three.safetensors")
+    with safe_open(three, "pt") as file:
+        assert not torch.equal(file.get_tensor("logits"), logits)
 
 
 def test_a_checkpoint_of_something_else_is_refused(pipe, tmp_path):
@@ -166,6 +203,10 @@ def test_tables_of_a_router():
         ({"share": None}, "give one of them"),
         ({"beta": 1.0}, "give one of them"),
         ({"share": None, "beta": -1.0}, "beta is -1.0"),
+        ({"share": None, "beta": 1.0, "start": "measured"}, "a measured start needs a share"),
+        ({"start": "guess"}, "the start is 'guess'; allowed are measured, noise"),
+        ({"proxy": "guess"}, "the proxy is 'guess'; allowed are sensitivity, paper"),
+        ({"start": "measured", "iterations": -1}, "-1 iterations"),
         ({"iterations": 0}, "0 iterations"),
         ({"prompts": ()}, "no prompt"),
     ],

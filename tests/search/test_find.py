@@ -79,6 +79,21 @@ def test_the_plan_runs_and_its_file_holds_how_it_was_found(tiny, measured, tmp_p
     assert report.density == pytest.approx(next(p.density for p in record.points if p.chosen), abs=0.15)
 
 
+def test_the_curve_is_told_as_it_grows_and_every_point_has_its_plan(tiny, measured):
+    told = []
+    search = make_search(tiny, measured)
+    result = search.find(Wish(speedup=1.01), "mine", HARDWARE, HELD_OUT, False, told.append)
+    assert all(point.measured_psnr is None for point, _ in told[0]) and len(told) >= 2
+    for curve in told[1:]:
+        assert any(point.measured_psnr is not None for point, _ in curve)
+    assert len(result.plans) == len(result.record.points)
+    for point, plan in zip(result.record.points, result.plans, strict=True):
+        assert plan.predicted["speedup"] == pytest.approx(point.predicted_speedup, abs=1e-3)
+        assert plan.predicted["psnr"] == pytest.approx(point.predicted_psnr, abs=1e-2)
+        assert plan.measured.get("psnr") == (None if point.measured_psnr is None else round(point.measured_psnr, 4))
+        assert (plan == result.plan) == point.chosen
+
+
 def test_steps_are_reused_where_that_costs_less_than_sparser_attention(tiny, measured):
     plain, reusing = (found(tiny, measured, Wish(speedup=1.2), reuse=reuse).plan for reuse in (False, True))
     assert reusing.predicted["psnr"] >= plain.predicted["psnr"] and not plain.schedule.computed

@@ -195,3 +195,21 @@ def test_listening_elsewhere_needs_a_password(host):
         check_password(host, "short")
     check_password(host, "long enough")
     check_password("127.0.0.1", None)
+
+
+def test_only_offered_models_may_be_named_from_elsewhere(tmp_path):
+    pytest.importorskip("gradio")
+    from dataclasses import replace
+
+    from pointillist.pipelines.load import ModelError
+    from pointillist.web.controls import offered_model
+    from pointillist.web.shared import Shared
+
+    there = Shared(*[None] * 7, models=(str(tmp_path),), any_model=False)
+    assert offered_model(there, "embedded").embedded
+    for name in ("/etc", "../..", "somebody/model", None, 5):
+        with pytest.raises(ModelError, match="not offered here"):
+            offered_model(there, name)
+    for shared, name in ((there, str(tmp_path)), (replace(there, any_model=True), "/etc")):
+        with pytest.raises(ModelError, match="has no model_index"):
+            offered_model(shared, name)

@@ -10,7 +10,7 @@ class Cosmos(Family):
     CLASSES = ("CosmosTransformer3DModel",)
     SITES = (("transformer_blocks", "attn1"),)
     PROCESSORS = ("CosmosAttnProcessor2_0",)
-    PRESET = Preset(density=0.25, dense_above=0.95, min_tokens=4096)
+    PRESET = Preset(density=0.25, dense_above=0.95, min_tokens=8192)
 
     def tokens(self, transformer: Any, call: Named) -> Tokens:
         """Of latents [B, C, F, H, W]."""

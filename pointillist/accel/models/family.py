@@ -41,8 +41,8 @@ class Preset:
     """Steps whose share of the noise is above it are dense."""
     dense_layers: int = 0
     """So many first layers are dense."""
-    min_tokens: int = 4096
-    """Fewer tokens are left dense."""
+    min_tokens: int = 8192
+    """Fewer tokens are left dense: at 4,096 choosing costs what it saves (cost model of an H200 and an RTX 4090)."""
 
 
 class Family:

@@ -20,7 +20,7 @@ class Flux(Family):
     PROCESSORS: ClassVar[tuple[str, ...]] = ("FluxAttnProcessor",)
     TEXT = "before"
     SHARED_ROWS = True
-    PRESET = Preset(density=0.3, dense_above=0.9, min_tokens=4096)
+    PRESET = Preset(density=0.3, dense_above=0.9, min_tokens=8192)
 
     def tokens(self, transformer: Any, call: Named) -> Tokens:
         """Of the positions [S, 3] of all image tokens."""

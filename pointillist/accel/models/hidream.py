@@ -14,7 +14,7 @@ class HiDream(Family):
     SITES = (("double_stream_blocks", "block.attn1"), ("single_stream_blocks", "block.attn1"))
     PROCESSORS = ("HiDreamAttnProcessor",)
     TEXT = "after"
-    PRESET = Preset(density=0.3, dense_above=0.9, min_tokens=4096)
+    PRESET = Preset(density=0.3, dense_above=0.9, min_tokens=8192)
 
     def tokens(self, transformer: Any, call: Named) -> Tokens:
         """Of latents [B, C, H, W], or of images that were cut into patches before."""

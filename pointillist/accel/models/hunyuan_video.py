@@ -15,7 +15,7 @@ class HunyuanVideo(Family):
     PROCESSORS = ("HunyuanVideoAttnProcessor2_0",)
     TEXT = "after"
     MASKED = True
-    PRESET = Preset(density=0.2, dense_above=0.95, min_tokens=4096)
+    PRESET = Preset(density=0.2, dense_above=0.95, min_tokens=8192)
 
     def tokens(self, transformer: Any, call: Named) -> Tokens:
         """Of latents [B, C, F, H, W]."""

@@ -15,7 +15,7 @@ class LTX(Family):
     CLASSES = ("LTXVideoTransformer3DModel",)
     SITES = (("transformer_blocks", "attn1"),)
     PROCESSORS = ("LTXVideoAttnProcessor", "LTXVideoAttentionProcessor2_0")
-    PRESET = Preset(density=0.3, dense_above=0.95, min_tokens=4096)
+    PRESET = Preset(density=0.3, dense_above=0.95, min_tokens=8192)
 
     def tokens(self, transformer: Any, call: Named) -> Tokens:
         """Of tokens [B, S, C] and the grid that the pipeline names, or else of their coordinates [B, 3, S, …]."""

@@ -11,7 +11,7 @@ class LuminaNext(Family):
     SITES = (("layers", "attn1"),)
     PROCESSORS = ("LuminaAttnProcessor2_0",)
     MASKED = True
-    PRESET = Preset(density=0.3, dense_above=0.9, min_tokens=4096)
+    PRESET = Preset(density=0.3, dense_above=0.9, min_tokens=8192)
 
     def tokens(self, transformer: Any, call: Named) -> Tokens:
         """Of latents [B, C, H, W]."""

@@ -11,7 +11,7 @@ class Mochi(Family):
     SITES = (("transformer_blocks", "attn1"),)
     PROCESSORS = ("MochiAttnProcessor2_0",)
     TEXT = "after"
-    PRESET = Preset(density=0.25, dense_above=0.95, min_tokens=4096)
+    PRESET = Preset(density=0.25, dense_above=0.95, min_tokens=8192)
 
     def tokens(self, transformer: Any, call: Named) -> Tokens:
         """Of latents [B, C, F, H, W]."""

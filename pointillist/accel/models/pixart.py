@@ -14,7 +14,7 @@ class PixArt(Family):
     CLASSES = ("PixArtTransformer2DModel",)
     SITES = (("transformer_blocks", "attn1"),)
     PROCESSORS = ("AttnProcessor2_0",)
-    PRESET = Preset(density=0.3, dense_above=0.9, min_tokens=4096)
+    PRESET = Preset(density=0.3, dense_above=0.9, min_tokens=8192)
 
     def tokens(self, transformer: Any, call: Named) -> Tokens:
         """Of latents [B, C, H, W]."""

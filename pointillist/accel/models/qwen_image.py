@@ -17,7 +17,7 @@ class QwenImage(Family):
     TEXT = "before"
     MASKED = True
     SHARED_ROWS = True
-    PRESET = Preset(density=0.3, dense_above=0.9, min_tokens=4096)
+    PRESET = Preset(density=0.3, dense_above=0.9, min_tokens=8192)
 
     def tokens(self, transformer: Any, call: Named) -> Tokens:
         """Of the shapes (frames, height, width) of the batch's first entry: the image, then those that are edited."""

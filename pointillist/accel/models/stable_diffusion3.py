@@ -15,7 +15,7 @@ class StableDiffusion3(Family):
     SITES = (("transformer_blocks", "attn"), ("transformer_blocks", "attn2"))
     PROCESSORS = ("JointAttnProcessor2_0",)
     TEXT = "after"
-    PRESET = Preset(density=0.3, dense_above=0.9, min_tokens=4096)
+    PRESET = Preset(density=0.3, dense_above=0.9, min_tokens=8192)
 
     def tokens(self, transformer: Any, call: Named) -> Tokens:
         """Of latents [B, C, H, W]."""

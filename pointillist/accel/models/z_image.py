@@ -14,7 +14,7 @@ class ZImage(Family):
     PROCESSORS = ("ZSingleStreamAttnProcessor",)
     TEXT = "after"
     MASKED = True
-    PRESET = Preset(density=0.3, dense_above=0.9, min_tokens=4096)
+    PRESET = Preset(density=0.3, dense_above=0.9, min_tokens=8192)
 
     def tokens(self, transformer: Any, call: Named) -> Tokens:
         """Of the first latents [C, F, H, W]; all images of a call have one size."""

@@ -51,14 +51,18 @@ class RegionSampling:
         if state.step is None or plan is None:
             return
         kinds = [plan.schedule.kind(step, state.sigmas) for step in range(len(state.sigmas))]
+        if (
+            state.tokens is not None and state.tokens.conditions
+        ):  # x holds reference images, which are no part of a grid
+            if kinds[state.step] == "region":
+                runtime.record.notes["all tokens computed: there are reference images beside the tokens"] += 1
+            return
         if "region" in kinds and "needed" not in self._velocity():
             self._velocity()["needed"] = self._check_memory(x, "sparse" in kinds and plan.patterns != {"dense"})
         shared = runtime.memory(f"{self._name} regions", self._shapes, every_branch=True)
         if shared.get("step") != state.step:  # once for all branches
             self._look(shared, x, kinds)
-        if kinds[state.step] == "region" and state.tokens is not None and state.tokens.conditions:
-            runtime.record.notes["all tokens computed: there are reference images beside the tokens"] += 1
-        elif kinds[state.step] == "region":
+        if kinds[state.step] == "region":
             if self._velocity().get("keys"):
                 runtime.rows = shared["rows"]
             else:
@@ -72,7 +76,7 @@ class RegionSampling:
         runtime.rows, runtime.keeps_keys = None, False
         if reused and runtime.state.step is not None:
             shared = runtime.memory(f"{self._name} regions", self._shapes, every_branch=True)
-            if not shared["reused"]:  # once for all branches
+            if not shared.get("reused", True):  # once for all branches; nothing is known of reference images
                 shared.update(age=shared["age before"] + 1, reused=True)
                 runtime.record.ages[runtime.state.step] = shared["age"]
 

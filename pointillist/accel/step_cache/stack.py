@@ -89,7 +89,7 @@ class StepCache:
         passage, self._passage = self._passage, None
         if passage is None or output is None:
             return False
-        passage.finish(output[0])
+        passage.finish(bridge.parts_of(output)[0])
         return bool(passage.reused)
 
     def blocks(self, number: int, blocks: list[torch.nn.Module]) -> Iterator[Callable[..., Any]]:
@@ -104,10 +104,13 @@ class StepCache:
         assert passage is not None, "the hooks of accelerate run before the forward pass"
         if not passage.decide():
             output = original(*args, **kwargs)
-            passage.remember("output", passage.over(output[0]), None)
+            self._form, parts = bridge.Form.of(output), bridge.parts_of(output)
+            for number, part in enumerate([passage.over(parts[0]), *parts[1:]]):
+                passage.remember(("output", number), part, None)
+            self._parts = len(parts)
             return output
-        found = passage.predict("output")[0]
-        return bridge.output_like(self._transformer, passage.under(found), kwargs.get("return_dict", True))
+        first, *others = (passage.predict(("output", number))[0] for number in range(self._parts))
+        return self._form.give([passage.under(first), *others])
 
     def _seen(self, x: torch.Tensor) -> Seen:
         state = self._runtime.state

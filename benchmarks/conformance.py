@@ -1,0 +1,254 @@
+"""Diffusers' own tests of models and pipelines, plain and with every transformer accelerated at density 1.
+
+    python benchmarks/conformance.py CHECKOUT [--families wan flux …] [--output FILE]
+
+CHECKOUT is a folder with Diffusers' source beside the installed Diffusers, best of the same version: its tests run
+against what is installed, twice. In the second run, every transformer that a test makes is accelerated with a plan of
+density 1, as a pipeline's would be; the tests themselves are not touched. Tests that fail plain too show what is due to
+another version, to the Hub being away, or to this machine. Nothing is fetched: a tiny random T5 stands in for the one
+that tests of pipelines ask for. The exit code is 1 if a difference has no explanation in `EXPLAINED`.
+
+This file is also the plugin that pytest loads in both runs.
+"""
+
+import argparse
+import collections
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import weakref
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "conformance.json"
+REPORT, WRAP = "POINTILLIST_CONFORMANCE_REPORT", "POINTILLIST_CONFORMANCE_WRAP"
+
+MODELS = "tests/models/transformers/test_models_transformer_"
+SUITES = {
+    "wan": (f"{MODELS}wan.py", "tests/pipelines/wan/test_wan.py"),
+    "wan-vace": (f"{MODELS}wan_vace.py", "tests/pipelines/wan/test_wan_vace.py"),
+    "flux": (f"{MODELS}flux.py",),
+    "hunyuan-video": (f"{MODELS}hunyuan_video.py",),
+    "cogvideox": (f"{MODELS}cogvideox.py", "tests/pipelines/cogvideo/test_cogvideox.py"),
+    "ltx": (f"{MODELS}ltx.py", "tests/pipelines/ltx/test_ltx.py"),
+    "mochi": (f"{MODELS}mochi.py", "tests/pipelines/mochi/test_mochi.py"),
+    "qwen-image": (f"{MODELS}qwenimage.py",),
+    "sd3": (f"{MODELS}sd3.py",),
+    "lumina-2": (f"{MODELS}lumina2.py",),
+}
+LEFT_OUT = "not Training and not Quant and not GGUF and not BitsAndBytes and not TorchAo and not SingleFile"
+
+EXPLAINED: tuple[tuple[str, str], ...] = ()
+"""(what the test's name matches, why it differs)."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkout", type=Path)
+    parser.add_argument("--families", nargs="+", default=list(SUITES), choices=list(SUITES))
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    given = parser.parse_args()
+    suites = {name: _both(given.checkout, name) for name in given.families}
+    import diffusers
+    import torch
+
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=given.checkout, capture_output=True, text=True, check=False)
+    results = dict(
+        diffusers=diffusers.__version__, tests_of=head.stdout.strip(), torch=torch.__version__,
+        left_out=LEFT_OUT.replace("not ", "").replace(" and ", ", "), families=suites,
+    )  # fmt: skip
+    given.output.write_text(json.dumps(results, indent=1) + "\n")
+    unexplained = [each for suite in suites.values() for each in suite["differences"] if not each["why"]]
+    for each in unexplained:
+        print(f"unexplained: {each['test']}: {each['plain']} plain, {each['wrapped']} wrapped: {each['message']}")
+    return 1 if unexplained else 0
+
+
+def _both(checkout: Path, name: str) -> dict[str, Any]:
+    """What became of a family's tests, plain and wrapped."""
+    start = time.monotonic()
+    plain, wrapped = (_run(checkout, SUITES[name], wrap) for wrap in (False, True))
+    differences = [
+        dict(test=test, plain=before, wrapped=after, message=wrapped["messages"].get(test, ""), why=_why(test))
+        for test, before in plain["outcomes"].items()
+        if (after := wrapped["outcomes"].get(test, "not run")) != before
+    ]
+    found = dict(
+        files=list(SUITES[name]),
+        plain=collections.Counter(plain["outcomes"].values()),
+        wrapped=collections.Counter(wrapped["outcomes"].values()),
+        accelerated=wrapped["accelerated"],
+        attention_calls=wrapped["calls"],
+        not_accelerated=wrapped["refused"],
+        differences=differences,
+        failed_plain=plain["messages"],
+        seconds=round(time.monotonic() - start),
+    )
+    print(name, dict(found["plain"]), dict(found["wrapped"]), f"{len(differences)} differ", flush=True)
+    return found
+
+
+def _why(test: str) -> str:
+    return next((why for pattern, why in EXPLAINED if re.search(pattern, test)), "")
+
+
+def _run(checkout: Path, files: tuple[str, ...], wrap: bool) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.json"
+        ours = {"PYTHONPATH": os.pathsep.join([str(ROOT / "benchmarks"), str(ROOT)]), "HF_HUB_OFFLINE": "1"}
+        environment = os.environ | ours | {REPORT: str(report), WRAP: "1" if wrap else ""}
+        present = [file for file in files if (checkout / file).exists()]
+        options = ["-q", "--no-header", "-p", "conformance", "-p", "no:cacheprovider", "-o", "addopts="]
+        command = [sys.executable, "-m", "pytest", *options, "-k", LEFT_OUT, *present]
+        done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, check=False)
+        if not report.exists():
+            raise SystemExit(f"the tests did not run:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+        return json.loads(report.read_text())
+
+
+# From here on: the plugin.
+
+if REPORT in os.environ:
+    import diffusers  # noqa: F401  # the installed one, before the checkout's `conftest.py` puts its own first
+
+
+class Watched:
+    """What happened in one run."""
+
+    def __init__(self) -> None:
+        self.outcomes: dict[str, str] = {}
+        self.messages: dict[str, str] = {}
+        self.refused: collections.Counter[str] = collections.Counter()
+        self.accelerated = self.calls = 0
+
+
+watched = Watched()
+attached: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def pytest_configure(config: Any) -> None:
+    if REPORT in os.environ:
+        _stand_in_for_t5()
+        if os.environ[WRAP]:
+            _accelerate_all()
+
+
+def pytest_runtest_logreport(report: Any) -> None:
+    worse = report.failed or (report.skipped and watched.outcomes.get(report.nodeid) != "failed")
+    if worse or report.nodeid not in watched.outcomes:
+        watched.outcomes[report.nodeid] = report.outcome
+    if report.failed:
+        lines = str(report.longrepr).strip().splitlines()
+        watched.messages[report.nodeid] = next((x[2:] for x in reversed(lines) if x.startswith("E ")), lines[-1])[:300]
+
+
+def pytest_sessionfinish() -> None:
+    if REPORT in os.environ:
+        Path(os.environ[REPORT]).write_text(json.dumps(vars(watched)))
+
+
+class Pipe:
+    """The little of a pipeline that `accelerate` looks at."""
+
+    def __init__(self, transformer: Any) -> None:
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        self.transformer, self.scheduler, self.config = transformer, FlowMatchEulerDiscreteScheduler(), {}
+
+    @property
+    def components(self) -> dict[str, Any]:
+        return dict(transformer=self.transformer, scheduler=self.scheduler)
+
+    @property
+    def device(self) -> Any:
+        return self.transformer.device
+
+
+def _accelerate_all() -> None:
+    """Every transformer of a known family, once it has its weights."""
+    import diffusers
+
+    from pointillist.accel.models import FAMILIES
+
+    for kind in {getattr(diffusers, name, None) for family in FAMILIES for name in family.CLASSES} - {None}:
+        _watch(kind)
+
+
+def _watch(kind: Any) -> None:
+    made, called = kind.__init__, kind.__call__
+
+    @functools.wraps(made)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        made(self, *args, **kwargs)
+        _attach(self)
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _attach(self)  # those that were made without weights
+        return called(self, *args, **kwargs)
+
+    kind.__init__, kind.__call__ = init, call
+
+
+def _attach(transformer: Any) -> None:
+    import torch
+
+    from pointillist import AccelerateError, Plan, accelerate
+
+    if transformer in attached or torch.compiler.is_compiling():
+        return
+    if any(weight.device.type == "meta" for weight in transformer.parameters()):
+        return
+    attached.add(transformer)
+    try:
+        handle = accelerate(Pipe(transformer), Plan.uniform("pooled", 1.0, block=16))
+    except AccelerateError as error:
+        watched.refused[str(error)[:200]] += 1
+        return
+
+    def count(*call: Any) -> None:
+        watched.calls += 1
+
+    handle.observe(count)
+    watched.accelerated += 1
+
+
+def _stand_in_for_t5() -> None:
+    """For `hf-internal-testing/tiny-random-t5`: a random one of that size, with a tokenizer of single letters."""
+    import tokenizers
+    import transformers
+
+    name = "hf-internal-testing/tiny-random-t5"
+
+    def tokenizer() -> Any:
+        letters = {letter: i for i, letter in enumerate(["<pad>", "</s>", "<unk>", *map(chr, range(32, 127))])}
+        made = tokenizers.Tokenizer(tokenizers.models.WordLevel(letters, unk_token="<unk>"))
+        made.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("."), "isolated")
+        made.post_processor = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+        return transformers.PreTrainedTokenizerFast(
+            tokenizer_object=made, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
+        )
+
+    def config() -> Any:
+        return transformers.T5Config(
+            vocab_size=1103, d_model=32, d_kv=8, d_ff=37, num_layers=5, num_heads=4, decoder_start_token_id=0
+        )
+
+    for kind, make in ((transformers.AutoTokenizer, tokenizer), (transformers.AutoConfig, config)):
+        kind.from_pretrained = _unless(name, kind.from_pretrained, make)  # type: ignore[method-assign]
+
+
+def _unless(name: str, fetch: Any, make: Any) -> Any:
+    def from_pretrained(given: Any, *args: Any, **kwargs: Any) -> Any:
+        return make() if given == name else fetch(given, *args, **kwargs)
+
+    return from_pretrained
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
