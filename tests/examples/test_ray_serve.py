@@ -16,7 +16,7 @@ pytest.importorskip("fastapi")
 
 ROOT = Path(__file__).parents[2]
 PORT = 18321
-SMALL = {"size": "64x64", "num_frames": 17, "num_inference_steps": 8, "seed": 3, "speed": "exact"}
+SMALL = {"size": "64x64", "num_frames": 17, "num_inference_steps": 6, "seed": 3, "speed": "exact"}
 SECONDS = 1200
 """Until all clips are there, on a machine that is busy with other things."""
 
