@@ -236,7 +236,7 @@ def measured(
     with torch.no_grad(), accelerate(pipe, chosen, cache="none", regions="none") as handle:
         pipe.scheduler.set_timesteps(model.steps, device=device)
         kinds = kinds_of(chosen, handle.sigmas)
-        if "sparse" not in kinds:
+        if "sparse" not in kinds or chosen.patterns == {"dense"}:
             raise ValueError(f"the plan {chosen.name!r} has no sparse step, so there is nothing to measure")
         sparse = kinds.index("sparse")
         progress(f"warming up, {here} layers")

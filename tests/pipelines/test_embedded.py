@@ -7,7 +7,7 @@ import torch
 
 from pointillist import accelerate, defaults, load_pipeline
 from pointillist.accel.choose_plan import shipped_plans
-from pointillist.accel.models import wan
+from pointillist.accel.models.wan import Wan
 from pointillist.pipelines.embedded import EMBEDDED_FOLDER
 from pointillist.pipelines.embedded.vocabulary import KNOWN_WORDS
 
@@ -46,7 +46,7 @@ def test_the_shipped_plans_are_for_it_and_restoring_leaves_no_trace(pipe):
     assert [plan.name for plan in plans] == ["embedded-balanced", "embedded-fast", "embedded-quality"]
     grid = ((size["num_frames"] - 1) // 4 + 1, size["height"] // 8, size["width"] // 8)
     for plan in plans:
-        assert plan.model == wan.fingerprint(pipe.transformer)
+        assert plan.model == Wan().fingerprint(pipe.transformer)
         assert plan.grid == grid and math.prod(grid) >= 4000
         assert plan.measured["psnr"] > 20 and len(plan.schedule.computed) < size["num_inference_steps"]
     before = clip(pipe, height=128, width=128)
