@@ -153,7 +153,7 @@ def test_what_is_no_clip(server, tmp_path):
 
 
 def test_cancelling_deletes_the_job_there(tmp_path):
-    with VideoServer(tmp_path, polls=10**6) as server, Engine(work(server)) as engine:
+    with VideoServer(tmp_path, polls=2000) as server, Engine(work(server)) as engine:
         job = engine.submit(request(tmp_path))
         while not any(isinstance(job.latest, Step) for _ in [0]):
             time.sleep(0.01)
