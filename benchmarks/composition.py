@@ -73,6 +73,7 @@ def configurations(searched: Path) -> dict[str, Configuration]:
         "rate 0.1, taylor": Configuration(cache="rate:threshold=0.1,predictor=taylor"),
         "first block 0.15, taylor": Configuration(cache="first_block:threshold=0.15,predictor=taylor"),
         "modulation 0.3": Configuration(cache="modulated:threshold=0.3"),
+        "table": Configuration(cache="table"),
         "regions by change": Configuration(regions="change:share=0.3,every=3"),
         "regions by low std": Configuration(regions="low_std:share=0.3,every=3"),
         "regions by high std": Configuration(regions="high_std:share=0.3,every=3"),
