@@ -7,6 +7,8 @@ import pytest
 from pointillist.pipelines.video import read_clip, read_settings
 from web.steps import choose, open_tab, settle, start, wait_for
 
+pytestmark = pytest.mark.slow  # some wait for what a fast machine shows too briefly; `make test-slow` runs them
+
 
 def clips(served):
     return sorted(path for path in served.folder.glob("*.mp4") if "_" not in path.name)
