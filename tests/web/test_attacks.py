@@ -14,8 +14,6 @@ from pointillist.web.limits import QUEUE
 from pointillist.web.serve import check_password
 from web.steps import open_tab, settle, start, wait_for
 
-pytestmark = pytest.mark.slow  # some wait for what a fast machine shows too briefly; `make test-slow` runs them
-
 
 def ask(url, data=None, **headers):
     """Status and body."""

@@ -14,8 +14,6 @@ from video_server import VideoServer
 from web.conftest import WAIT
 from web.steps import choose, open_tab, wait_for
 
-pytestmark = pytest.mark.slow  # some wait for what a fast machine shows too briefly; `make test-slow` runs them
-
 
 @pytest.fixture(scope="module")
 def clip(served):
