@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 TESTS = ROOT / "tests" / "accel" / "test_families.py"
 RESULTS = ROOT / "benchmarks" / "results" / "support.json"
 PAGE = ROOT / "docs" / "models.md"
-BEGIN, END = "<!-- support table: written by tools/support_table.py -->", "<!-- end of the support table -->"
+BEGIN, END = "<!-- {}: written by tools/support_table.py -->", "<!-- end of the {} -->"
 
 COLUMNS = {
     "sparse": (
@@ -107,11 +107,26 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join([*lines, "", summary])
 
 
+def presets() -> str:
+    """What families are accelerated with where no plan was searched, in Markdown."""
+    from pointillist.accel.models import FAMILIES
+
+    lines = ["| families | density | dense above | least tokens | where the values come from |", "|---" * 5 + "|"]
+    for preset in dict.fromkeys(family.PRESET for family in FAMILIES):
+        names = ", ".join(family.NAME for family in FAMILIES if preset == family.PRESET)
+        values = f"{preset.density} | {preset.dense_above} | {preset.min_tokens} | {preset.source}"
+        lines.append(f"| {names} | {values} |")
+    return "\n".join(lines)
+
+
 def in_page(page: str, results: dict[str, Any]) -> str:
-    """The page with this table in its place."""
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{table(results)}\n{END}{after}"
+    """The page with these tables in their places."""
+    for name, text in (("support table", table(results)), ("presets", presets())):
+        begin, end = BEGIN.format(name), END.format(name)
+        before, _, rest = page.partition(begin)
+        _, _, after = rest.partition(end)
+        page = f"{before}{begin}\n{text}\n{end}{after}"
+    return page
 
 
 def run(junit: Path) -> None:

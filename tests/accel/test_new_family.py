@@ -56,8 +56,13 @@ def test_what_is_no_family(families):
     with pytest.raises(TypeError, match="does not say its NAME"):
         register(Nameless())
 
-    class Gridless(base.Family):
-        NAME, CLASSES, PROCESSORS = "gridless", ("A",), ("B",)
 
-    with pytest.raises(TypeError, match="does not say how tokens follow"):
-        register(Gridless())
+def test_latents_that_are_no_grid_need_tokens(families):
+    flux = Family("flux")  # whose latents are packed
+
+    class Gridless(base.Family):
+        NAME, CLASSES, PROCESSORS = "gridless", ("FluxTransformer2DModel",), ("FluxAttnProcessor",)
+
+    register(Gridless())
+    with accelerate(flux.pipe, SPARSE), pytest.raises(TypeError, match=r"define tokens\(\)"):
+        flux.run(steps=2)

@@ -16,7 +16,8 @@ def results():
 def test_the_page_shows_the_results():
     page = support_table.PAGE.read_text()
     assert support_table.in_page(page, results()) == page
-    assert page.count(support_table.BEGIN) == page.count(support_table.END) == 1
+    for name in ("support table", "presets"):
+        assert page.count(support_table.BEGIN.format(name)) == page.count(support_table.END.format(name)) == 1
 
 
 def test_every_pipeline_has_its_row():

@@ -11,7 +11,7 @@ class CogVideoX(Family):
     SITES = (("transformer_blocks", "attn1"),)
     PROCESSORS = ("CogVideoXAttnProcessor2_0",)
     TEXT = "before"
-    PRESET = Preset(density=0.25, dense_above=0.95, min_tokens=8192)
+    PRESET = Preset(0.25, 0.95, "none published for pooled selection; between Wan's and LTX's")
 
     def tokens(self, transformer: Any, call: Named) -> Tokens:
         """Of latents [B, F, C, H, W]; 1.5 pads frames to whole patches."""

@@ -5,22 +5,19 @@ from typing import Any, ClassVar
 
 import torch
 
-from pointillist.accel.models.family import Family, Named, Preset, Tokens
+from pointillist.accel.models.family import Family, Named, Tokens
 from pointillist.accel.models.positions import tokens_of_ids
 from pointillist.accel.models.rows import Rows, take
 
 
-class Flux(Family):
-    NAME = "Flux"
-    CLASSES = ("FluxTransformer2DModel",)
+class Packed(Family):
+    """What they share: packed latents, whose positions say where they are."""
+
     SITES: ClassVar[tuple[tuple[str, str], ...]] = (
         ("transformer_blocks", "attn"),
         ("single_transformer_blocks", "attn"),
     )
-    PROCESSORS: ClassVar[tuple[str, ...]] = ("FluxAttnProcessor",)
     TEXT = "before"
-    SHARED_ROWS = True
-    PRESET = Preset(density=0.3, dense_above=0.9, min_tokens=8192)
 
     def tokens(self, transformer: Any, call: Named) -> Tokens:
         """Of the positions [S, 3] of all image tokens."""
@@ -28,6 +25,13 @@ class Flux(Family):
 
     def latent_channels(self, transformer: Any) -> int:
         return int(transformer.config.out_channels or transformer.config.in_channels)
+
+
+class Flux(Packed):
+    NAME = "Flux"
+    CLASSES: ClassVar[tuple[str, ...]] = ("FluxTransformer2DModel",)
+    PROCESSORS = ("FluxAttnProcessor",)
+    SHARED_ROWS = True
 
     def take_rows(
         self, transformer: Any, rows: Rows, full: Callable[[torch.Tensor], torch.Tensor]
@@ -67,22 +71,15 @@ class Chroma(Flux):
     MASKED = True
 
 
-class Flux2(Flux):
-    """Positions are [B, S, 4]; single blocks compute queries, keys, values and MLP at once."""
+class Flux2(Packed):
+    """Positions are [B, S, 4]; single blocks compute queries, keys, values and MLP at once.
+
+    No regions: positions of image and text are embedded one after the other, so a hook cannot tell them apart.
+    """
 
     NAME = "Flux 2"
     CLASSES = ("Flux2Transformer2DModel",)
     PROCESSORS = ("Flux2AttnProcessor", "Flux2ParallelSelfAttnProcessor")
-
-    def take_rows(
-        self, transformer: Any, rows: Rows, full: Callable[[torch.Tensor], torch.Tensor]
-    ) -> Callable[[], None]:
-        """Positions of image and text are embedded one after the other, so a hook cannot tell them apart."""
-        raise NotImplementedError
-
-    @property
-    def can_take_rows(self) -> bool:
-        return False
 
     def output_weight(self, block: Any, attention: Any) -> torch.Tensor:
         if isinstance(attention.to_out, torch.nn.Linear):

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from pointillist.accel.models.family import Family, Named, Preset, Tokens, latent_grid
+from pointillist.accel.models.family import Family, Named, Tokens
 
 
 class HiDream(Family):
@@ -14,13 +14,11 @@ class HiDream(Family):
     SITES = (("double_stream_blocks", "block.attn1"), ("single_stream_blocks", "block.attn1"))
     PROCESSORS = ("HiDreamAttnProcessor",)
     TEXT = "after"
-    PRESET = Preset(density=0.3, dense_above=0.9, min_tokens=8192)
 
     def tokens(self, transformer: Any, call: Named) -> Tokens:
         """Of latents [B, C, H, W], or of images that were cut into patches before."""
-        x, patch = call["hidden_states"], transformer.config.patch_size
-        if x.ndim == 4:
-            return Tokens(latent_grid(x, (1, patch, patch)))
+        if call["hidden_states"].ndim == 4:
+            return super().tokens(transformer, call)
         height, width = (int(each) for each in call["img_sizes"][0])
         return Tokens((1, height, width))
 

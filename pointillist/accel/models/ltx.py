@@ -1,7 +1,7 @@
 """LTX-Video and the video of LTX-2: latents are packed into tokens, the text is in cross-attention."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -10,12 +10,17 @@ from pointillist.accel.models.positions import grid_of_coordinates
 from pointillist.accel.models.rows import Rows, gathered, take
 
 
-class LTX(Family):
-    NAME = "LTX-Video"
-    CLASSES = ("LTXVideoTransformer3DModel",)
+class LTX2(Family):
+    """Only the video's self-attention is sparse; that of the audio is short.
+
+    No regions: the audio sees all tokens of the video.
+    """
+
+    NAME = "LTX-2"
+    CLASSES: ClassVar[tuple[str, ...]] = ("LTX2VideoTransformer3DModel",)
     SITES = (("transformer_blocks", "attn1"),)
-    PROCESSORS = ("LTXVideoAttnProcessor", "LTXVideoAttentionProcessor2_0")
-    PRESET = Preset(density=0.3, dense_above=0.95, min_tokens=8192)
+    PROCESSORS: ClassVar[tuple[str, ...]] = ("LTX2AudioVideoAttnProcessor", "LTX2PerturbedAttnProcessor")
+    PRESET = Preset(0.3, 0.95, "none published; short sequences, so less is left out")
 
     def tokens(self, transformer: Any, call: Named) -> Tokens:
         """Of tokens [B, S, C] and the grid that the pipeline names, or else of their coordinates [B, 3, S, …]."""
@@ -26,6 +31,12 @@ class LTX(Family):
             frames, height, width = (length // size for length, size in zip(named, patch, strict=True))
             return Tokens((frames, height, width))
         return Tokens(grid_of_coordinates(call["video_coords"]))
+
+
+class LTX(LTX2):
+    NAME = "LTX-Video"
+    CLASSES = ("LTXVideoTransformer3DModel",)
+    PROCESSORS = ("LTXVideoAttnProcessor", "LTXVideoAttentionProcessor2_0")
 
     def take_rows(
         self, transformer: Any, rows: Rows, full: Callable[[torch.Tensor], torch.Tensor]
@@ -44,20 +55,3 @@ class LTX(Family):
             transformer.time_embed: modulation,
         }
         return take(transformer.proj_in, transformer.proj_out, rows, full, others)
-
-
-class LTX2(LTX):
-    """Only the video's self-attention is sparse; that of the audio is short."""
-
-    NAME = "LTX-2"
-    CLASSES = ("LTX2VideoTransformer3DModel",)
-    PROCESSORS = ("LTX2AudioVideoAttnProcessor", "LTX2PerturbedAttnProcessor")
-
-    def take_rows(
-        self, transformer: Any, rows: Rows, full: Callable[[torch.Tensor], torch.Tensor]
-    ) -> Callable[[], None]:
-        raise NotImplementedError  # the audio sees the video's tokens, all of them
-
-    @property
-    def can_take_rows(self) -> bool:
-        return False

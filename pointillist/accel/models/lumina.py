@@ -1,8 +1,6 @@
 """Lumina-Next, and Lumina 2 (Lumina-Image 2.0), where every caption has its own length before the image."""
 
-from typing import Any
-
-from pointillist.accel.models.family import Family, Named, Preset, Tokens, latent_grid
+from pointillist.accel.models.family import Family
 
 
 class LuminaNext(Family):
@@ -11,12 +9,6 @@ class LuminaNext(Family):
     SITES = (("layers", "attn1"),)
     PROCESSORS = ("LuminaAttnProcessor2_0",)
     MASKED = True
-    PRESET = Preset(density=0.3, dense_above=0.9, min_tokens=8192)
-
-    def tokens(self, transformer: Any, call: Named) -> Tokens:
-        """Of latents [B, C, H, W]."""
-        patch = transformer.config.patch_size
-        return Tokens(latent_grid(call["hidden_states"], (1, patch, patch)))
 
 
 class Lumina2(LuminaNext):

@@ -3,6 +3,9 @@
 Reading waits for a GPU, so what a tensor says is kept as long as the tensor lives: pipelines make it once.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -37,6 +40,13 @@ def _grid(ids: torch.Tensor) -> Grid:
     """Of one image. Rows are told by the length of the first one: in bfloat16, high numbers of rows are not exact."""
     width = int((ids[:, 1] == ids[0, 1]).int().cumprod(0).sum())
     return (1, len(ids) // width, width) if len(ids) % width == 0 else (1, 1, len(ids))
+
+
+def tokens_of_shapes(shapes: Sequence[Any]) -> Tokens:
+    """Of the shapes (frames, height, width) of the batch's first entry: the image, then those that are edited."""
+    first = shapes[0] if isinstance(shapes[0], list) else shapes[:1]
+    image, *edited = (tuple(shape) for shape in first)
+    return Tokens(image, sum(frames * height * width for frames, height, width in edited))
 
 
 def grid_of_coordinates(coordinates: torch.Tensor) -> Grid:

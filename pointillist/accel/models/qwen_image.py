@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from pointillist.accel.models.family import Family, Named, Preset, Tokens
+from pointillist.accel.models.family import Family, Named, Tokens
+from pointillist.accel.models.positions import tokens_of_shapes
 from pointillist.accel.models.rows import Rows, take
 
 
@@ -17,14 +18,9 @@ class QwenImage(Family):
     TEXT = "before"
     MASKED = True
     SHARED_ROWS = True
-    PRESET = Preset(density=0.3, dense_above=0.9, min_tokens=8192)
 
     def tokens(self, transformer: Any, call: Named) -> Tokens:
-        """Of the shapes (frames, height, width) of the batch's first entry: the image, then those that are edited."""
-        shapes = call["img_shapes"]
-        first = shapes[0] if isinstance(shapes[0], list) else shapes[:1]
-        image, *edited = (tuple(shape) for shape in first)
-        return Tokens(image, sum(frames * height * width for frames, height, width in edited))
+        return tokens_of_shapes(call["img_shapes"])
 
     def take_rows(
         self, transformer: Any, rows: Rows, full: Callable[[torch.Tensor], torch.Tensor]
@@ -36,18 +32,14 @@ class QwenImage(Family):
         return take(transformer.img_in, transformer.proj_out, rows, full, {transformer.pos_embed: tables})
 
 
-class NucleusMoE(QwenImage):
+class NucleusMoE(Family):
+    """No regions: experts choose among all tokens of an image, so a part of them would be routed otherwise."""
+
     NAME = "NucleusMoE-Image"
     CLASSES = ("NucleusMoEImageTransformer2DModel",)
     PROCESSORS = ("NucleusMoEAttnProcessor2_0",)
     TEXT = "after"
+    MASKED = True
 
-    def take_rows(
-        self, transformer: Any, rows: Rows, full: Callable[[torch.Tensor], torch.Tensor]
-    ) -> Callable[[], None]:
-        """Experts choose among all tokens of an image, so a part of them would be routed otherwise."""
-        raise NotImplementedError
-
-    @property
-    def can_take_rows(self) -> bool:
-        return False
+    def tokens(self, transformer: Any, call: Named) -> Tokens:
+        return tokens_of_shapes(call["img_shapes"])

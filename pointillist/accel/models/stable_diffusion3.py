@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from pointillist.accel.models.family import Family, Named, Preset, Tokens, latent_grid
+from pointillist.accel.models.family import Family
 from pointillist.accel.models.rows import Rows, take
 
 
@@ -15,12 +15,6 @@ class StableDiffusion3(Family):
     SITES = (("transformer_blocks", "attn"), ("transformer_blocks", "attn2"))
     PROCESSORS = ("JointAttnProcessor2_0",)
     TEXT = "after"
-    PRESET = Preset(density=0.3, dense_above=0.9, min_tokens=8192)
-
-    def tokens(self, transformer: Any, call: Named) -> Tokens:
-        """Of latents [B, C, H, W]."""
-        patch = transformer.config.patch_size
-        return Tokens(latent_grid(call["hidden_states"], (1, patch, patch)))
 
     def take_rows(
         self, transformer: Any, rows: Rows, full: Callable[[torch.Tensor], torch.Tensor]

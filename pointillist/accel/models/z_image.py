@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from pointillist.accel.models.family import Family, Named, Preset, Tokens
+from pointillist.accel.models.family import Family, Named, Tokens
 
 
 class ZImage(Family):
@@ -14,7 +14,6 @@ class ZImage(Family):
     PROCESSORS = ("ZSingleStreamAttnProcessor",)
     TEXT = "after"
     MASKED = True
-    PRESET = Preset(density=0.3, dense_above=0.9, min_tokens=8192)
 
     def tokens(self, transformer: Any, call: Named) -> Tokens:
         """Of the first latents [C, F, H, W]; all images of a call have one size."""
