@@ -2,8 +2,8 @@
 
     python tools/screenshots.py [--output docs/images/web] [--outputs FOLDER] [--size 128] [--steps 20]
 
-It makes one clip and its dense twin first, or takes the latest of `--outputs`, where there is one. Needs Playwright
-and a Chromium.
+It makes one clip and its dense twin and searches on the smallest grid first, or takes the latest of `--outputs`, where
+there is one. Needs Playwright and a Chromium.
 """
 
 from __future__ import annotations
@@ -51,6 +51,17 @@ def make_clip(page: Page, size: int, steps: int, folder: Path) -> None:
     page.click("#generate-compare")
     page.click("#compare-start")
     page.wait_for_selector(".player[data-drawn]")
+
+
+def make_search(page: Page) -> None:
+    """A search that takes a minute: its curve is that of a clip of 64 × 64."""
+    open_tab(page, "Search")
+    page.get_by_label("so many times as fast").click()
+    page.fill("#search-number input", "1.5")
+    for name, value in (("width", "64"), ("height", "64"), ("frames", "17"), ("steps", "20")):
+        choose(page, f"search-{name}", value)
+    page.click("#search-start")
+    page.locator("#job-search").get_by_text("Done in").wait_for()
 
 
 def show_gallery(page: Page) -> None:
@@ -170,6 +181,7 @@ def main() -> None:
             show_compare(first)
         else:
             make_clip(first, given.size, given.steps, given.output)
+            make_search(first)
         state = context.storage_state()
         photograph(browser, url, state, given.output, tabs, given.looks.split(","))
         browser.close()
