@@ -61,9 +61,8 @@ def run():
     return call
 
 
-@pytest.fixture(scope="session")
-def tiny_folder(tmp_path_factory):
-    """A complete Diffusers folder with a tokenizer and a text encoder, all of it tiny and random."""
+def make_text_parts(width: int = 32) -> dict:
+    """A tokenizer and a text encoder, tiny and random."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
@@ -71,11 +70,16 @@ def tiny_folder(tmp_path_factory):
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    config = UMT5Config(vocab_size=len(words), d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2)
-    folder = tmp_path_factory.mktemp("tiny")
-    pipe = make_pipe(
+    config = UMT5Config(vocab_size=len(words), d_model=width, d_kv=16, d_ff=32, num_layers=1, num_heads=2)
+    return dict(
         tokenizer=PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>"),
         text_encoder=UMT5EncoderModel(config).eval(),
     )
-    pipe.save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """A complete Diffusers folder with a tokenizer and a text encoder, all of it tiny and random."""
+    folder = tmp_path_factory.mktemp("tiny")
+    make_pipe(**make_text_parts()).save_pretrained(folder)
     return folder

@@ -20,6 +20,7 @@ from typing import Any
 from playwright.sync_api import Browser, Page, sync_playwright
 from playwright.sync_api import Error as PlaywrightError
 
+ROOT = Path(__file__).parents[1]
 WIDE, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 LOOKS = {"light": WIDE, "dark": WIDE, "light_phone": PHONE, "dark_phone": PHONE}
 WAIT = 900_000
@@ -113,9 +114,20 @@ def show_repaint(page: Page) -> None:
     page.wait_for_selector("#repaint-cost b")
 
 
+def show_remote(page: Page) -> None:
+    """A clip that a server made."""
+    page.fill("#remote-prompt textarea", "a lake at sunrise")
+    for name, value in (("width", 128), ("height", 128), ("frames", 17), ("steps", 20), ("seed", 3)):
+        page.fill(f"#remote-{name} input", str(value))
+        page.press(f"#remote-{name} input", "Tab")
+    page.click("#remote-start")
+    page.wait_for_selector("#remote-video video[src]")
+
+
 SHOWN = {
     "generate": show_generate, "compare": show_compare, "gallery": show_gallery, "system": show_system,
     "inspect": show_inspect, "search": show_search, "repaint": show_repaint,
+    "remote": show_remote,
 }  # fmt: skip
 """What to wait for and to click in a tab, by its id; others are shown as they open."""
 
@@ -148,8 +160,9 @@ def photograph(
 
 
 def main() -> None:
-    from pointillist.web.app import TABS
+    from pointillist.web.app import REMOTE, TABS
     from pointillist.web.serve import serve
+    from video_server import VideoServer
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("docs/images/web"))
@@ -157,37 +170,54 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--looks", default=",".join(LOOKS))
-    parser.add_argument("--tabs", default=",".join(name for name, *_ in TABS))
+    parser.add_argument("--tabs", default=",".join(name for name, *_ in TABS + REMOTE))
     given = parser.parse_args()
     given.output.mkdir(parents=True, exist_ok=True)
     path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    url, tabs = f"http://127.0.0.1:{port}", [(n, title) for n, title, _ in TABS if n in given.tabs.split(",")]
+    chosen, looks = given.tabs.split(","), given.looks.split(",")
     with tempfile.TemporaryDirectory() as beside, sync_playwright() as playwright:
-        folder = given.outputs or Path(beside)
-        page, engine = serve("127.0.0.1", port, folder, prevent_thread_lock=True, quiet=True)
         browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        context = browser.new_context(viewport=WIDE)  # type: ignore[arg-type]
-        first = context.new_page()
-        first.set_default_timeout(WAIT)
-        first.goto(url)
-        first.wait_for_selector("#generate-predicted .predicted")
-        if any(folder.glob("*_dense.mp4")):
-            open_tab(first, "Gallery")
-            show_gallery(first)
-            first.click("#gallery-compare")
-            show_compare(first)
-        else:
-            make_clip(first, given.size, given.steps, given.output)
-            make_search(first)
-        state = context.storage_state()
-        photograph(browser, url, state, given.output, tabs, given.looks.split(","))
-        browser.close()
+        folder, port = given.outputs or Path(beside) / "outputs", free_port()
+        page, engine = serve("127.0.0.1", port, folder, prevent_thread_lock=True, quiet=True)
+        url = f"http://127.0.0.1:{port}"
+        state = prepare(browser, url, folder, given)
+        photograph(browser, url, state, given.output, [(n, title) for n, title, _ in TABS if n in chosen], looks)
         engine.close()
         page.close()
+        if "remote" in chosen:  # by a stand-in for the server
+            port = free_port()
+            with VideoServer(Path(beside)) as server:
+                page, engine = serve("127.0.0.1", port, folder, remote=server.url, prevent_thread_lock=True, quiet=True)
+                tabs = [(name, title) for name, title, _ in REMOTE]
+                photograph(browser, f"http://127.0.0.1:{port}", None, given.output, tabs, looks)
+                engine.close()
+                page.close()
+        browser.close()
+
+
+def prepare(browser: Browser, url: str, folder: Path, given: argparse.Namespace) -> Any:
+    """Something to show: a clip, its dense twin, a search. Gives what the browser remembers."""
+    first = browser.new_context(viewport=WIDE).new_page()  # type: ignore[arg-type]
+    first.set_default_timeout(WAIT)
+    first.goto(url)
+    first.wait_for_selector("#generate-predicted .predicted")
+    if any(folder.glob("*_dense.mp4")):
+        open_tab(first, "Gallery")
+        show_gallery(first)
+        first.click("#gallery-compare")
+        show_compare(first)
+    else:
+        make_clip(first, given.size, given.steps, given.output)
+        make_search(first)
+    return first.context.storage_state()
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 if __name__ == "__main__":
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     main()

@@ -46,7 +46,7 @@ ASKED = (
 
 @dataclass(frozen=True)
 class GenerateRequest:
-    """What to make. None means the model's default.
+    """What to make. None means the model's default. A model of images makes a PNG, whatever the output's ending.
 
     Raises:
         ValueError: a value that no model can take, with the allowed ones.
@@ -81,7 +81,7 @@ class GenerateRequest:
     dtype: str | None = None
     download: bool = False
     warm_up: bool = True
-    """Run one untimed step first, so that the times are those of any later run."""
+    """Run two untimed steps first, so that the times are those of any later run."""
     ulysses: int = 1
     ring: int = 1
     """`ulysses · ring` processes, started by torchrun, make the clip together."""
@@ -174,9 +174,13 @@ def generate(request: GenerateRequest, progress: Progress = silent, load: Load |
     for path in [*request.files.values(), *filter(None, [request.keep])]:
         check_output(path)
     started = time.perf_counter()
+    from pointillist.pipelines.load import makes_images
+
     progress(Phase("loading the model"))
     pipe, plan, call = prepare(request, load)
     loaded = time.perf_counter() - started
+    if makes_images(pipe):
+        request = replace(request, output=request.output.with_suffix(".png"))
     with together(pipe, request.ulysses, request.ring) as job:
         return _carry_out(request, pipe, plan, call, loaded, progress if job.rank == 0 else silent)
 
@@ -228,7 +232,7 @@ def prepare(request: GenerateRequest, load: Load | None = None) -> tuple[Any, An
     import torch
 
     from pointillist.accel.conflicts import targets_of
-    from pointillist.pipelines.load import check_size, defaults, load_pipeline
+    from pointillist.pipelines.load import call_of, load_pipeline, takes
 
     if request.plan not in (None, "auto", "none"):
         Plan.load(request.plan)  # a bad file is told before a model is loaded
@@ -237,15 +241,23 @@ def prepare(request: GenerateRequest, load: Load | None = None) -> tuple[Any, An
         request.model, dtype=dtype, device=device_of(request.device), download=request.download
     )
     targets_of(pipe, sparse=request.plan != "none")
-    chosen = {
-        "height": request.height, "width": request.width, "num_frames": request.frames,
-        "num_inference_steps": request.steps, "guidance_scale": request.guidance,
-    }  # fmt: skip
-    call = {**defaults(pipe), **{name: value for name, value in chosen.items() if value is not None}}
-    check_size(pipe, call["width"], call["height"], call["num_frames"])
+    needed = [
+        name for name, each in takes(pipe).items()
+        if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD and name not in ("self", "prompt")
+    ]  # fmt: skip
+    if needed:
+        raise ValueError(
+            f"a {type(pipe).__name__} needs {' and '.join(needed)} beside the prompt, which cannot be given here; "
+            "call it from Python: accelerate(pipe)"
+        )
+    call = call_of(
+        pipe, height=request.height, width=request.width, num_frames=request.frames,
+        num_inference_steps=request.steps, guidance_scale=request.guidance,
+        negative_prompt=request.negative_prompt or None,
+    )  # fmt: skip
     if request.shift is not None:
         pipe.scheduler = _shifted(pipe.scheduler, request.shift)
-    call["prompt"], call["negative_prompt"] = request.prompt, request.negative_prompt
+    call["prompt"] = request.prompt
     return pipe, plan_of(request, call["num_inference_steps"]), call
 
 
@@ -293,7 +305,8 @@ def run_once(
     keep: bool = False,
     warm_up: bool = True,
 ) -> Run:
-    """Run under `plan`, after one untimed step that warms everything up, if it should.
+    """Run under `plan`, after two untimed steps that warm everything up, if it should; some schedules have no single
+    one.
 
     Raises:
         ModelError: the model made values that are not finite.
@@ -310,7 +323,7 @@ def run_once(
     once = "none" if chosen is None else replace(chosen, schedule=Schedule(), cache=None, regions=None)
     with accelerate(pipe, once, dense=dense):
         progress(Phase(f"{prefix}warming up"))
-        pipe(**{**call, "num_inference_steps": 1, "output_type": "latent"}, generator=_generator(seed))
+        pipe(**{**call, "num_inference_steps": 2, "output_type": "latent"}, generator=_generator(seed))
     with accelerate(pipe, plan, cache=cache, regions=regions, dense=dense) as handle:
         return run_accelerated(pipe, handle, call, seed, progress, prefix, keep)
 
@@ -330,11 +343,18 @@ def run_accelerated(
     import torch
 
     from pointillist.pipelines.latent_preview import clean, look
+    from pointillist.pipelines.load import takes
 
     steps, started = call["num_inference_steps"], time.perf_counter()
     velocities: list[Any] = []
     latest: list[Any] = [None]
+    count = 0
     progress(Step(f"{prefix}denoising", 0, steps))
+
+    def done(step: int, see: Callable[[], np.ndarray | None] | None = None) -> None:
+        progress(Step(f"{prefix}denoising", step, steps, (time.perf_counter() - started) / step, see))
+        if step == steps:
+            progress(Phase(f"{prefix}decoding"))
 
     def after_step(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         latents = tensors["latents"]
@@ -345,20 +365,23 @@ def run_accelerated(
             noise = handle.sigmas[step + 1] if step + 1 < steps else 0.0
             return look(pipe, clean(latents, latest[0], noise, pipe.scheduler))
 
-        progress(Step(f"{prefix}denoising", step + 1, steps, (time.perf_counter() - started) / (step + 1), see))
-        if step + 1 == steps:
-            progress(Phase(f"{prefix}decoding"))
+        done(step + 1, see)
         return tensors
 
     def seen(velocity: Any) -> None:
-        latest[0] = velocity
+        nonlocal count
+        latest[0], count = velocity, count + 1
         if keep:
             velocities.append(velocity.to("cpu", copy=True))
+        if not watched:
+            done(count)
 
+    watched = {"callback_on_step_end": after_step} if "callback_on_step_end" in takes(pipe) else {}
     handle.watch_velocities(seen)
     with torch.no_grad():
-        result = pipe(**call, generator=_generator(seed), output_type="np", callback_on_step_end=after_step)
-    frames, seconds = result.frames[0], time.perf_counter() - started
+        result = pipe(**call, **watched, generator=_generator(seed), output_type="np")
+    frames = result.images[:1] if hasattr(result, "images") else result.frames[0]
+    seconds = time.perf_counter() - started
     if not np.isfinite(frames).all():
         raise _not_finite(pipe)
     return Run(frames, seconds, handle.report(), tuple(velocities), handle.sigmas)
@@ -377,7 +400,8 @@ def describe(request: GenerateRequest, call: dict[str, Any], seed: int, fast: Ru
     facts: dict[str, Any] = {
         "output": str(request.output), "prompt": request.prompt, "negative_prompt": request.negative_prompt,
         "model": request.model, "seed": seed, "steps": call["num_inference_steps"], "frames": len(fast.frames),
-        "width": call["width"], "height": call["height"], "fps": request.fps, "guidance": call["guidance_scale"],
+        "width": fast.frames.shape[2], "height": fast.frames.shape[1], "fps": request.fps,
+        "guidance": call.get("guidance_scale"),
         "tokens": report.tokens, "backend": report.backend, "plan": report.plan, "plan_source": report.plan_source,
         "dense_backend": report.dense_backend, "dense_reason": report.dense_reason,
         "seconds": _seconds(fast), "density": report.density, "density_overall": report.density_overall,

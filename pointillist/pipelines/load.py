@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +83,47 @@ def is_embedded(pipe: Any) -> bool:
     return all(here.get(name) == value for name, value in shipped.items() if not name.startswith("_"))
 
 
+NAMES = {
+    "height": "height",
+    "width": "width",
+    "num_frames": "frames",
+    "num_inference_steps": "steps",
+    "guidance_scale": "guidance",
+}
+"""Arguments of pipelines, and what they are called here."""
+
+
+def call_of(pipe: Any, **asked: Any) -> dict[str, Any]:
+    """Size, frames, steps and guidance of a call: what is asked, and the defaults for what is None.
+
+    Raises:
+        ValueError: the pipeline does not take it, or cannot make it.
+    """
+    given = {name: value for name, value in asked.items() if value is not None}
+    if unknown := [NAMES.get(name, name) for name in given if name not in takes(pipe)]:
+        raise ValueError(f"a {type(pipe).__name__} takes no {' and no '.join(unknown)}; leave it out")
+    call = {**defaults(pipe), **given}
+    check_size(pipe, *(call.get(name) for name in ("width", "height", "num_frames")))
+    return call
+
+
+def takes(pipe: Any) -> Mapping[str, inspect.Parameter]:
+    """The arguments of a pipeline, or of that which an outline stands for."""
+    import diffusers
+
+    kind: Any = type(pipe)
+    if not issubclass(kind, diffusers.DiffusionPipeline):
+        kind = getattr(diffusers, pipe.config._class_name)
+    return inspect.signature(kind.__call__).parameters
+
+
+def makes_images(pipe: Any) -> bool:
+    """Whether what a pipeline makes has no frames."""
+    return "num_frames" not in takes(pipe)
+
+
 def defaults(pipe: Any) -> dict[str, Any]:
-    """Call arguments that suit `pipe`: size, frames, steps, guidance."""
+    """Call arguments that suit `pipe`: size, frames, steps, guidance; but those that it chooses when it is called."""
     if is_embedded(pipe):
         return {
             "height": 176,
@@ -91,15 +132,19 @@ def defaults(pipe: Any) -> dict[str, Any]:
             "num_inference_steps": 20,
             "guidance_scale": 5.0,
         }
-    return {"height": 480, "width": 832, "num_frames": 81, "num_inference_steps": 50, "guidance_scale": 5.0}
+    known = {name: each.default for name, each in takes(pipe).items() if name in NAMES}
+    return {name: value for name, value in known.items() if value is not None}
 
 
 EMBEDDED_SIDES = tuple(range(64, 193, 16))
 EMBEDDED_FRAMES = tuple(range(17, 50, 4))
 
 
-def check_size(pipe: Any, width: int, height: int, frames: int) -> None:
-    """Raise `ValueError` naming the legal values if `pipe` cannot make such a clip."""
+def check_size(pipe: Any, width: int | None, height: int | None, frames: int | None) -> None:
+    """Raise `ValueError` naming the legal values if `pipe` cannot make such a clip.
+
+    Pipelines whose legal values are not known here check them when they are called.
+    """
     if is_embedded(pipe):
         for name, value in (("width", width), ("height", height)):
             if value not in EMBEDDED_SIDES:
@@ -107,7 +152,11 @@ def check_size(pipe: Any, width: int, height: int, frames: int) -> None:
         if frames not in EMBEDDED_FRAMES:
             raise ValueError(f"{frames} frames are not possible; the embedded model makes {_listed(EMBEDDED_FRAMES)}")
         return
-    step = pipe.vae_scale_factor_spatial * pipe.transformer.config.patch_size[1]
+    patch = getattr(pipe.transformer.config, "patch_size", None)
+    if None in (width, height, frames) or not isinstance(patch, list | tuple):
+        return
+    assert width is not None and height is not None and frames is not None
+    step = pipe.vae_scale_factor_spatial * patch[1]
     for name, value in (("width", width), ("height", height)):
         if value < 16 or value % max(16, step):
             raise ValueError(f"{name} {value} is not possible; this model makes multiples of {max(16, step)}")

@@ -101,7 +101,7 @@ def outline_of(name: str) -> Outline:
         vae = diffusers.AutoencoderKLWan.load_config(str(source), subfolder="vae", local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"the model {name!r} cannot be read: {str(error).partition(chr(10))[0]}") from error
-    if not hasattr(skeleton.config, "patch_size"):
+    if not isinstance(getattr(skeleton.config, "patch_size", None), list | tuple):
         raise ModelError(f"the sizes that a {kind} makes are not known here; the command line runs it")
     return Outline(
         name, skeleton, scheduler, vae.get("scale_factor_spatial") or 8, vae.get("scale_factor_temporal") or 4,

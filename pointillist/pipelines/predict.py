@@ -75,13 +75,12 @@ class Predictor:
         from pointillist.accel.choose_plan import choose_plan, with_caching, with_regions
         from pointillist.accel.conflicts import Setup, check_setup, targets_of
         from pointillist.accel.step_cache.policy import Caching
-        from pointillist.pipelines.load import check_size
+        from pointillist.pipelines.load import call_of
 
         outline = outline_of(request.model)
         asked = {"width": request.width, "height": request.height, "num_frames": request.frames,
                  "num_inference_steps": request.steps, "guidance_scale": request.guidance}  # fmt: skip
-        call = {**outline.call, **{name: value for name, value in asked.items() if value is not None}}
-        check_size(outline, call["width"], call["height"], call["num_frames"])
+        call = call_of(outline, **asked)
         steps, wish = call["num_inference_steps"], plan_of(request, call["num_inference_steps"])
         targets = targets_of(outline, sparse=wish != "none")
         choice = choose_plan(wish, targets)

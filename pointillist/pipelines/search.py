@@ -243,13 +243,12 @@ def find_cache_table(
     Raises:
         SearchError, AccelerateError, ValueError: what does not fit.
     """
-    from pointillist.pipelines.load import check_size, defaults
+    from pointillist.pipelines.load import call_of
     from pointillist.search.cache_table import Learning, learn_table
 
     prompts = shipped_prompts(pipe) if prompts is None else prompts
     check_prompts(prompts)
-    call = {**defaults(pipe), **{key: value for key, value in call.items() if value is not None}}
-    check_size(pipe, call["width"], call["height"], call["num_frames"])
+    call = call_of(pipe, **call)
     learning = Learning(
         prompts, call, iterations, share, beta, rate, renew, proxy=proxy, start=start, clips=clips, spread=spread
     )
@@ -275,13 +274,12 @@ def find_cache_curves(
     Raises:
         SearchError, AccelerateError, ValueError: what does not fit.
     """
-    from pointillist.pipelines.load import check_size, defaults
+    from pointillist.pipelines.load import call_of
     from pointillist.search.cache_curves import calibrate_cache
 
     prompts = shipped_prompts(pipe)[:CLIPS] if prompts is None else prompts
     check_prompts(prompts)
-    call = {**defaults(pipe), **{key: value for key, value in call.items() if value is not None}}
-    check_size(pipe, call["width"], call["height"], call["num_frames"])
+    call = call_of(pipe, **call)
     return calibrate_cache(pipe, prompts, call, plan, progress=progress)
 
 
@@ -312,7 +310,7 @@ def prepare_search(
 def study_of(pipe: Any, prompts: tuple[str, ...], **call: Any) -> Study:
     """What is measured of a pipeline. Raises ValueError and AccelerateError for what cannot be searched."""
     from pointillist.accel.conflicts import targets_of
-    from pointillist.pipelines.load import check_size, defaults
+    from pointillist.pipelines.load import call_of
     from pointillist.search.candidates import TAILS, candidates
     from pointillist.search.errors import SearchError
     from pointillist.search.study import Study
@@ -327,8 +325,7 @@ def study_of(pipe: Any, prompts: tuple[str, ...], **call: Any) -> Study:
             f"{target.name} is of the family {target.family.NAME}, whose self-attention has text beside the video; the "
             "search measures the video alone and cannot search it yet: accelerate(pipe) takes the family's preset"
         )
-    call = {**defaults(pipe), **{key: value for key, value in call.items() if value is not None}}
-    check_size(pipe, call["width"], call["height"], call["num_frames"])
+    call = call_of(pipe, **call)
     steps, heads = call["num_inference_steps"], target.family.heads(target.transformer)
     if steps < 2:
         raise ValueError(f"{steps} steps cannot be searched: the first is dense, so there must be 2 or more")

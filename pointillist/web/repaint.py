@@ -126,7 +126,8 @@ def tab(engine: Engine, shared: Shared) -> None:
     for event in (shared.clip.change, shared.page.load):
         event(opened, shared.clip, [note, editor, frame, prompt, rectangle], **QUIET)
     frame.release(turned, [shared.clip, frame, editor], editor, **QUIET)
-    for change in (editor.change, rectangle.change, strength.release, refresh.release):
+    # after a reload the editor tells of the first stroke as input alone
+    for change in (editor.change, editor.input, rectangle.change, strength.release, refresh.release):
         change(predicted, [*drawn, *how], cost, trigger_mode="always_last", **QUIET)
     start.click(begin, [*drawn, prompt, *how], panel.begun, **QUIET)
 

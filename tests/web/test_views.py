@@ -113,12 +113,7 @@ def test_search_shows_its_curve_and_hands_a_plan_over(view, served, tiny_folder)
     assert (found / "plan.safetensors").is_file() and len(list((found / "points").iterdir())) == points.count()
 
 
-def test_repaint_what_was_drawn_over(view, served, clip):
-    page = view()
-    in_hand(page, clip, "repaint")
-    page.wait_for_function("document.querySelector('#repaint-prompt textarea')?.value === 'a <b>red</b> circle'")
-    page.click("#repaint-start")
-    wait_for(page, "nothing is drawn", "repaint")
+def draw_over_the_middle(page):
     canvas = page.locator("#repaint-editor canvas").first
     page.wait_for_timeout(1500)  # the editor tells nobody when it is ready to be drawn on
     canvas.scroll_into_view_if_needed()
@@ -129,6 +124,26 @@ def test_repaint_what_was_drawn_over(view, served, clip):
     for step in range(9):
         page.mouse.move(x - 40 + 10 * step, y)
     page.mouse.up()
+
+
+def test_a_reloaded_page_can_be_drawn_on(view, served, clip):
+    page = view()
+    in_hand(page, clip, "repaint")
+    page.wait_for_function("document.querySelector('#repaint-prompt textarea')?.value === 'a <b>red</b> circle'")
+    page.reload()
+    page.wait_for_selector("#generate-predicted .predicted")
+    open_tab(page, "Repaint")
+    draw_over_the_middle(page)
+    page.wait_for_selector("#repaint-cost b")
+
+
+def test_repaint_what_was_drawn_over(view, served, clip):
+    page = view()
+    in_hand(page, clip, "repaint")
+    page.wait_for_function("document.querySelector('#repaint-prompt textarea')?.value === 'a <b>red</b> circle'")
+    page.click("#repaint-start")
+    wait_for(page, "nothing is drawn", "repaint")
+    draw_over_the_middle(page)
     page.wait_for_selector("#repaint-cost b")
     assert re.search(r"of the pixels, \d+% of a whole", page.inner_text("#repaint-cost"))
     page.fill("#repaint-prompt textarea", "a green square")
