@@ -5,8 +5,10 @@
 CHECKOUT is a folder with Diffusers' source beside the installed Diffusers, best of the same version: its tests run
 against what is installed, twice. In the second run, every transformer that a test makes is accelerated with a plan of
 density 1, as a pipeline's would be; the tests themselves are not touched. Tests that fail plain too show what is due to
-another version, to the Hub being away, or to this machine. Nothing is fetched: a tiny random T5 stands in for the one
-that tests of pipelines ask for. The exit code is 1 if a difference has no explanation in `EXPLAINED`.
+another version, to the Hub being away, or to this machine. Nothing is fetched: tiny random ones stand in for the text
+encoders and tokenizers that tests of pipelines ask for. Some tests need `pip install parameterized`. Results of other
+families in FILE stay, if they are of the same versions. The exit code is 1 if a difference has no explanation in
+`EXPLAINED`.
 
 This file is also the plugin that pytest loads in both runs.
 """
@@ -29,18 +31,32 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "conformance.json"
 REPORT, WRAP = "POINTILLIST_CONFORMANCE_REPORT", "POINTILLIST_CONFORMANCE_WRAP"
 
-MODELS = "tests/models/transformers/test_models_transformer_"
+MODELS, PIPELINES = "tests/models/transformers/test_models_transformer_", "tests/pipelines/"
 SUITES = {
-    "wan": (f"{MODELS}wan.py", "tests/pipelines/wan/test_wan.py"),
-    "wan-vace": (f"{MODELS}wan_vace.py", "tests/pipelines/wan/test_wan_vace.py"),
-    "flux": (f"{MODELS}flux.py",),
-    "hunyuan-video": (f"{MODELS}hunyuan_video.py",),
-    "cogvideox": (f"{MODELS}cogvideox.py", "tests/pipelines/cogvideo/test_cogvideox.py"),
-    "ltx": (f"{MODELS}ltx.py", "tests/pipelines/ltx/test_ltx.py"),
-    "mochi": (f"{MODELS}mochi.py", "tests/pipelines/mochi/test_mochi.py"),
-    "qwen-image": (f"{MODELS}qwenimage.py",),
-    "sd3": (f"{MODELS}sd3.py",),
-    "lumina-2": (f"{MODELS}lumina2.py",),
+    "wan": (f"{MODELS}wan.py", f"{PIPELINES}wan/test_wan.py"),
+    "wan-vace": (f"{MODELS}wan_vace.py", f"{PIPELINES}wan/test_wan_vace.py"),
+    "flux": (f"{MODELS}flux.py", f"{PIPELINES}flux/test_pipeline_flux.py"),
+    "flux-2": (f"{MODELS}flux2.py", f"{PIPELINES}flux2/test_pipeline_flux2_klein.py"),
+    "chroma": (f"{MODELS}chroma.py", f"{PIPELINES}chroma/test_pipeline_chroma.py"),
+    "hunyuan-video": (f"{MODELS}hunyuan_video.py", f"{PIPELINES}hunyuan_video/test_hunyuan_video.py"),
+    "hunyuan-video-1.5": (f"{MODELS}hunyuan_1_5.py", f"{PIPELINES}hunyuan_video1_5/test_hunyuan_1_5.py"),
+    "cogvideox": (f"{MODELS}cogvideox.py", f"{PIPELINES}cogvideo/test_cogvideox.py"),
+    "ltx": (f"{MODELS}ltx.py", f"{PIPELINES}ltx/test_ltx.py"),
+    "ltx-2": (f"{MODELS}ltx2.py",),
+    "mochi": (f"{MODELS}mochi.py", f"{PIPELINES}mochi/test_mochi.py"),
+    "skyreels-v2": (f"{MODELS}skyreels_v2.py", f"{PIPELINES}skyreels_v2/test_skyreels_v2.py"),
+    "cosmos": (f"{MODELS}cosmos.py", f"{PIPELINES}cosmos/test_cosmos.py"),
+    "sd3": (f"{MODELS}sd3.py", f"{PIPELINES}stable_diffusion_3/test_pipeline_stable_diffusion_3.py"),
+    "pixart": (
+        "tests/models/transformers/test_models_pixart_transformer2d.py",
+        f"{PIPELINES}pixart_sigma/test_pixart.py",
+    ),
+    "qwen-image": (f"{MODELS}qwenimage.py", f"{PIPELINES}qwenimage/test_qwenimage.py"),
+    "nucleus-moe": (f"{MODELS}nucleusmoe_image.py",),
+    "lumina-next": (f"{MODELS}lumina.py", f"{PIPELINES}lumina/test_lumina_nextdit.py"),
+    "lumina-2": (f"{MODELS}lumina2.py", f"{PIPELINES}lumina2/test_pipeline_lumina2.py"),
+    "hidream": (f"{MODELS}hidream.py", f"{PIPELINES}hidream_image/test_pipeline_hidream.py"),
+    "z-image": (f"{MODELS}z_image.py", f"{PIPELINES}z_image/test_z_image.py"),
 }
 LEFT_OUT = "not Training and not Quant and not GGUF and not BitsAndBytes and not TorchAo and not SingleFile"
 
@@ -58,18 +74,26 @@ def main() -> int:
     import torch
 
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=given.checkout, capture_output=True, text=True, check=False)
-    suites: dict[str, Any] = {}
-    results = dict(
+    facts = dict(
         diffusers=diffusers.__version__, tests_of=head.stdout.strip(), torch=torch.__version__,
-        left_out=LEFT_OUT.replace("not ", "").replace(" and ", ", "), families=suites,
+        left_out=LEFT_OUT.replace("not ", "").replace(" and ", ", "),
     )  # fmt: skip
+    suites = _found_before(given.output, facts)
     for name in given.families:
         suites[name] = _both(given.checkout, name)
-        given.output.write_text(json.dumps(results, indent=1) + "\n")  # so that a run that is cut off has the others
+        ordered = {each: suites[each] for each in SUITES if each in suites}
+        # After each, so that a run that is cut off has the others.
+        given.output.write_text(json.dumps(dict(facts, families=ordered), indent=1) + "\n")
     unexplained = [each for suite in suites.values() for each in suite["differences"] if not each["why"]]
     for each in unexplained:
         print(f"unexplained: {each['test']}: {each['plain']} plain, {each['wrapped']} wrapped: {each['message']}")
     return 1 if unexplained else 0
+
+
+def _found_before(output: Path, facts: dict[str, str]) -> dict[str, Any]:
+    """The other families' results, if they are of the same versions."""
+    before = json.loads(output.read_text()) if output.exists() else {}
+    return before["families"] if {key: before.get(key) for key in facts} == facts else {}
 
 
 def _both(checkout: Path, name: str) -> dict[str, Any]:
@@ -106,7 +130,8 @@ def _run(checkout: Path, files: tuple[str, ...], wrap: bool) -> dict[str, Any]:
         ours = {"PYTHONPATH": os.pathsep.join([str(ROOT / "benchmarks"), str(ROOT)]), "HF_HUB_OFFLINE": "1"}
         environment = os.environ | ours | {REPORT: str(report), WRAP: "1" if wrap else ""}
         present = [file for file in files if (checkout / file).exists()]
-        options = ["-q", "--no-header", "-p", "conformance", "-p", "no:cacheprovider", "-o", "addopts="]
+        options = ["-q", "--timeout=300", "-p", "conformance", "-p", "no:cacheprovider", "-o", "addopts="]
+        options.append("--continue-on-collection-errors")
         command = [sys.executable, "-m", "pytest", *options, "-k", LEFT_OUT, *present]
         done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, check=False)
         if not report.exists():
@@ -136,7 +161,7 @@ attached: weakref.WeakSet[Any] = weakref.WeakSet()
 
 def pytest_configure(config: Any) -> None:
     if REPORT in os.environ:
-        _stand_in_for_t5()
+        _stand_in_for_the_hub()
         if os.environ[WRAP]:
             _accelerate_all()
 
@@ -148,6 +173,12 @@ def pytest_runtest_logreport(report: Any) -> None:
     if report.failed:
         lines = str(report.longrepr).strip().splitlines()
         watched.messages[report.nodeid] = next((x[2:] for x in reversed(lines) if x.startswith("E ")), lines[-1])[:300]
+
+
+def pytest_collectreport(report: Any) -> None:
+    if report.failed:  # a file that cannot be imported
+        watched.outcomes[report.nodeid] = "failed"
+        watched.messages[report.nodeid] = str(report.longrepr).strip().splitlines()[-1][:300]
 
 
 def pytest_sessionfinish() -> None:
@@ -220,36 +251,53 @@ def _attach(transformer: Any) -> None:
     watched.accelerated += 1
 
 
-def _stand_in_for_t5() -> None:
-    """For `hf-internal-testing/tiny-random-t5`: a random one of that size, with a tokenizer of single letters."""
-    import tokenizers
+def _stand_in_for_the_hub() -> None:
+    """Random ones for the tiny text encoders that tests of pipelines load, and tokenizers of single letters."""
     import transformers
+    from transformers import AutoConfig, AutoTokenizer, CLIPTokenizer, LlamaTokenizer, Qwen2Tokenizer
 
-    name = "hf-internal-testing/tiny-random-t5"
-
-    def tokenizer() -> Any:
-        letters = {letter: i for i, letter in enumerate(["<pad>", "</s>", "<unk>", *map(chr, range(32, 127))])}
-        made = tokenizers.Tokenizer(tokenizers.models.WordLevel(letters, unk_token="<unk>"))
-        made.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("."), "isolated")
-        made.post_processor = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-        return transformers.PreTrainedTokenizerFast(
-            tokenizer_object=made, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
-        )
-
-    def config() -> Any:
+    def t5() -> Any:
         return transformers.T5Config(
             vocab_size=1103, d_model=32, d_kv=8, d_ff=37, num_layers=5, num_heads=4, decoder_start_token_id=0
         )
 
-    for kind, make in ((transformers.AutoTokenizer, tokenizer), (transformers.AutoConfig, config)):
-        kind.from_pretrained = _unless(name, kind.from_pretrained, make)  # type: ignore[method-assign]
+    def llama() -> Any:
+        config = transformers.LlamaConfig(
+            vocab_size=32000, hidden_size=16, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+        )
+        return transformers.LlamaForCausalLM(config).eval()
+
+    for tokenizer in {AutoTokenizer, LlamaTokenizer, Qwen2Tokenizer, transformers.Qwen2TokenizerFast}:
+        _replace(tokenizer, functools.partial(_letters, 512))
+    _replace(CLIPTokenizer, functools.partial(_letters, 77))
+    _replace(AutoConfig, t5)
+    _replace(transformers.T5EncoderModel, lambda: transformers.T5EncoderModel(t5()).eval())
+    _replace(transformers.LlamaForCausalLM, llama)
 
 
-def _unless(name: str, fetch: Any, make: Any) -> Any:
+def _letters(length: int) -> Any:
+    """A tokenizer of single letters."""
+    import tokenizers
+    import transformers
+
+    letters = {letter: i for i, letter in enumerate(["<pad>", "</s>", "<unk>", *map(chr, range(32, 127))])}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(letters, unk_token="<unk>"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("."), "isolated")
+    made.post_processor = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=length,
+        chat_template="{% for message in messages %}{{ message['content'] }}{% endfor %}",
+    )  # fmt: skip
+
+
+def _replace(kind: Any, make: Any) -> None:
+    """`from_pretrained` of a repository of the Hub makes one; of a folder, it loads what is there."""
+    fetch = kind.from_pretrained
+
     def from_pretrained(given: Any, *args: Any, **kwargs: Any) -> Any:
-        return make() if given == name else fetch(given, *args, **kwargs)
+        return fetch(given, *args, **kwargs) if Path(given).exists() else make()
 
-    return from_pretrained
+    kind.from_pretrained = from_pretrained
 
 
 if __name__ == "__main__":
