@@ -6,9 +6,9 @@ CHECKOUT is a folder with Diffusers' source beside the installed Diffusers, best
 against what is installed, twice. In the second run, every transformer that a test makes is accelerated with a plan of
 density 1, as a pipeline's would be; the tests themselves are not touched. Tests that fail plain too show what is due to
 another version, to the Hub being away, or to this machine. Nothing is fetched: tiny random ones stand in for the text
-encoders and tokenizers that tests of pipelines ask for. Some tests need `pip install parameterized`. Results of other
-families in FILE stay, if they are of the same versions. The exit code is 1 if a difference has no explanation in
-`EXPLAINED`.
+encoders and tokenizers that tests of pipelines ask for. Some tests need `pip install parameterized requests_mock`.
+Results of other families in FILE stay, if they are of the same versions. The exit code is 1 if a difference has no
+explanation in `EXPLAINED`.
 
 This file is also the plugin that pytest loads in both runs.
 """
