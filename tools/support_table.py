@@ -27,6 +27,7 @@ COLUMNS = {
         "test_density_one_and_restoring_are_exact",
         "test_sparse_output_equals_a_masked_reference",
         "test_prompts_of_unequal_length",
+        "test_what_is_learned_of_a_dense_step_sees_no_padding",
         "test_dynamic_patterns_run_everywhere",
         "test_two_shapes_in_a_row_and_callbacks",
         "test_save_and_load_after_restoring",
