@@ -72,9 +72,10 @@ EXPLAINED: tuple[tuple[str, str], ...] = (
     (r"test_vae_tiling$", "tiles of random weights differ by 0.32, where the test allows 0.2"),
     (r"test_correct_class_remapping_from_pretrained_config$", "fetches a configuration from the Hub"),
     (
-        r"(PixArtSigma.*::test_fused_qkv_projections|CogVideoX.*::test_faster_cache_inference)$",
+        r"PixArtSigma.*::test_fused_qkv_projections$",
         "compares runs whose text encoder is in training mode, with dropout",
     ),
+    (r"CogVideoX.*::test_faster_cache_inference$", "FasterCache is off by more than 0.1 with these text encoders"),
 )
 """(what the test's name matches, why it differs, or fails in both runs)."""
 
@@ -136,7 +137,7 @@ def table(results: dict[str, Any]) -> str:
         for test in [*(each["test"] for each in suite["differences"]), *suite["failed_plain"]]:
             whys.setdefault(_why(test) or "not explained", []).append(f"`{test.rpartition('::')[2]}`")
         said = [f"{', '.join(dict.fromkeys(tests))}: {why}" for why, tests in whys.items()]
-        said += [f"{count} refused: {why}" for why, count in suite["not_accelerated"].items()]
+        said += [f"{count} refused: {why.partition(';')[0]}" for why, count in suite["not_accelerated"].items()]
         cells = [name, *counts, str(len(suite["differences"])), str(suite["accelerated"])]
         cells += [str(suite["attention_calls"]), "; ".join(said) or "–"]
         lines.append("| " + " | ".join(cells) + " |")

@@ -1,7 +1,5 @@
 """Every model family in a tiny pipeline: exact where it must be, and elsewhere equal to an independent reference."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -9,8 +7,6 @@ from families import PIPELINES, WITHOUT, Family
 from masked_reference import FACTS, SPARSE, check_sparse, self_attentions, transformers
 from pointillist import AccelerateError, Plan, accelerate
 from pointillist.accel.models import FAMILIES, family_of
-
-DYNAMIC = replace(Plan.uniform("pooled", 0.4, tail="pooled", dense_steps=1, block=16), residual=True)
 
 
 def test_every_family_is_tried():
@@ -60,29 +56,6 @@ def test_prompts_of_unequal_length(name):
     if FACTS[name].masks:
         poisoned = check_sparse(family, 64, padding=30.0, **call)
         torch.testing.assert_close(poisoned, sparse, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("name", ["hunyuan-video", "chroma"])
-@pytest.mark.parametrize("plan", [
-    Plan.uniform("masses", 0.4, tail="pooled", dense_steps=1, block=16),
-    Plan.uniform("pooled", 0.4, tail="rescaled", dense_steps=1, block=16),
-], ids=["masses", "rescaled"])  # fmt: skip
-def test_what_is_learned_of_a_dense_step_sees_no_padding(name, plan):
-    family, call = Family(name), dict(steps=3, batch=2, lengths=[5, 12], negative_lengths=[12, 9])
-    with accelerate(family.pipe, plan) as handle:
-        torch.testing.assert_close(family.run(padding=30.0, **call), family.run(**call), atol=1e-4, rtol=1e-4)
-        assert handle.report().steps["sparse"] == 2 and not handle.report().fallbacks
-
-
-def test_dynamic_patterns_run_everywhere(family):
-    """With a tail, and the residual of a dense step."""
-    dense = family.run(steps=4)
-    with accelerate(family.pipe, DYNAMIC) as handle:
-        assert not torch.allclose(family.run(steps=4), dense)
-        report = handle.report()
-    assert report.steps["dense"] == 1 and report.steps["sparse"] == 3 and report.density < 0.6
-    if len(transformers(family)) == 1:  # an expert that takes over has had no dense step
-        assert not report.fallbacks
 
 
 @pytest.mark.parametrize("name", WITHOUT)
