@@ -30,7 +30,10 @@ def test_every_pipeline_has_its_row():
 
 def test_columns_stand_for_tests_that_exist():
     defined = {
-        node.name for node in ast.parse(support_table.TESTS.read_text()).body if isinstance(node, ast.FunctionDef)
+        node.name
+        for file in support_table.TESTS
+        for node in ast.parse(file.read_text()).body
+        if isinstance(node, ast.FunctionDef)
     }
     assert {test for tests in support_table.COLUMNS.values() for test in tests} <= defined
 

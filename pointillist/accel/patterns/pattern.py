@@ -72,10 +72,12 @@ class Call:
         return made
 
     def lse_of(self, q: torch.Tensor) -> torch.Tensor:
-        """float32 [B, H, n]: likewise of some queries [B, H, n, D], over all keys."""
+        """float32 [B, H, n]: likewise of some queries [B, H, n, D], over all keys that are no padding."""
         q_len, k_len = q.shape[2], self.k.shape[2]
         mask = torch.ones(1, 1, -(-q_len // LSE_BLOCK), 1, dtype=torch.bool, device=self.device)
-        layout = BlockLayout.from_mask(mask, LSE_BLOCK, k_len, q_len, k_len, pairs=mask.numel())
+        layout = BlockLayout.from_mask(
+            mask, LSE_BLOCK, k_len, q_len, k_len, pairs=mask.numel(), key_lengths=self.key_lengths
+        )
         return block_sparse_attention(q, self.k, self.v, layout, self.scale, return_lse=True, backend=self.backend)[1]
 
     @cached_property
