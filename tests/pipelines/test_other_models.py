@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from conftest import make_text_parts
-from families import WIDTH, Family
+from families import Family
+from families.parts import WIDTH
 from pointillist.pipelines.events import Step
 from pointillist.pipelines.generate import GenerateRequest, generate
 from pointillist.pipelines.load import call_of, load_pipeline, makes_images
