@@ -1,4 +1,4 @@
-"""`tile`: every query sees whole frames, those nearest to it and a few reference frames (Efficient-vDiT, LVSA).
+"""`tile`: every query sees whole frames, those nearest to it and some reference frames (Efficient-vDiT, LVSA).
 
 At fixed numbers of frames the cost grows linearly with the video. The nearest frames are those that are no references,
 so that every query sees equally many, at the border of the video too; the next one is seen in part, around the query's
@@ -30,20 +30,24 @@ class Tile(Pattern):
     """The reference frames move on with the denoising step."""
     offset: int = 0
     """The first reference frame."""
+    share: float = 1 / 3
+    """At a density: of the frames that a query sees, so many are references."""
 
     def __post_init__(self) -> None:
         check_range("window", self.window, 1e-6, 65536)
         check_range("references", self.references, 0, 65536)
         check_range("offset", self.offset, 0, 65536)
+        check_range("share", self.share, 0, 1)
 
     @classmethod
     def at_density(
         cls, density: float, grid: Grid, segments: tuple[Segment, ...] = (), block: int = 128, **options: Any
     ) -> Self:
-        """From two frames on, about a third of them are references, at least one."""
+        """From two frames on, `share` of them are references, at least one."""
         cls.check_values(options)
+        share_of_references = float(options.get("share", cls.share))
         frames, image = density * grid[0], (1, grid[1], grid[2])
-        references = max(1, int(frames / 3)) if frames >= 2 else 0
+        references = max(1, int(frames * share_of_references)) if frames >= 2 else 0
         whole = int(frames - references)
         share = frames - references - whole
         window = float(whole)
