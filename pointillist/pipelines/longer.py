@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
 EMBEDDED_KNOWN = 9
 """Latent frames that the embedded model was trained on."""
-REFERENCES = 0.8
-"""Of the frames that a query sees, so many are spread over the whole clip."""
 
 
 def keep_positions_in_range(transformer: Any, known: int) -> None:
@@ -54,18 +52,16 @@ def positions(frames: int, known: int) -> torch.Tensor:
 def linear_plan(frames: int, known: int = EMBEDDED_KNOWN) -> Plan:
     """A plan whose cost grows linearly with the clip: each query sees as many latent frames as the model knows.
 
-    They are its own, the next one, and others spread over the whole clip: a model knows a clip's course from frames as
-    far apart as it was trained on. The first frame is always among them and sees everything itself: else it is taken
-    for an inner one.
+    They are spread over the whole clip, so that they lie where those of a known clip lie, its two ends among them; of
+    the frame of the query's own, or the nearest one, there is one more.
     """
     from pointillist.accel.plan import Plan, Rule
     from pointillist.accel.schedule import Schedule
 
-    rule = Rule("tile", min(1.0, known / frames), (("share", REFERENCES),))
+    rule = Rule("tile", min(1.0, (known + 1) / frames), (("ends", True), ("share", known / (known + 1))))
     return Plan(
-        name=f"{known} of {frames} latent frames", table=((rule,),), schedule=Schedule(), block=64, break_even=False,
-        dense_first_frame=True,
-    )  # fmt: skip
+        name=f"{known} of {frames} latent frames", table=((rule,),), schedule=Schedule(), block=64, break_even=False
+    )
 
 
 def note_on_length(frames: int, known: int = EMBEDDED_KNOWN) -> tuple[str, ...]:
