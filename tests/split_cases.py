@@ -7,12 +7,15 @@ import torch.distributed as dist
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLHunyuanVideo,
+    AutoencoderKLLTXVideo,
     ContextParallelConfig,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
     HunyuanVideoPipeline,
     HunyuanVideoTransformer3DModel,
+    LTXPipeline,
+    LTXVideoTransformer3DModel,
 )
 
 import pointillist
@@ -42,6 +45,11 @@ class Case:
     theirs: bool = False
     """Whether it was Diffusers' own call that split it."""
 
+    @property
+    def exact(self) -> bool:
+        """Whether every bit must be that of one process; in a ring sums are rounded in another order."""
+        return self.ring == 1
+
 
 def mixed(*rules: Rule, **changes) -> Plan:
     values = dict(name="mixed", table=(tuple(rules),), block=8, break_even=False, schedule=Schedule(dense_steps=1))
@@ -60,7 +68,8 @@ def of(pattern: str, **changes) -> Case:
 
 CASES = {
     "dense": Case(),
-    "split by Diffusers": Case(mixed(*STATIC), theirs=True),
+    "split by Diffusers": Case(mixed(*STATIC, tail="pooled"), theirs=True),
+    "split by Diffusers: dynamic": Case(mixed(*DYNAMIC, tail="pooled"), theirs=True),
     "static": Case(mixed(*STATIC)),
     "static with means": Case(mixed(*STATIC, tail="pooled")),
     "static with a residual": Case(mixed(*STATIC, tail="pooled", residual=True)),
@@ -87,6 +96,7 @@ CASES = {
 
 RING = {
     "ring: dense": Case(ring=2, ulysses=1),
+    "ring: split by Diffusers": Case(mixed(*STATIC, tail="pooled"), ring=2, ulysses=1, theirs=True),
     "ring: static": Case(mixed(*STATIC), ring=2, ulysses=1),
     "ring: static with means": Case(mixed(*STATIC, tail="pooled"), ring=2, ulysses=1),
     "ring: uneven tokens": Case(mixed(*STATIC, tail="pooled"), ring=2, ulysses=1, size=80),
@@ -136,11 +146,20 @@ DISAGREEING = {
     "more steps": "number of steps .rank 0: 2; rank 1: 3",
 }
 """What the second process does in another way, and what both then say."""
-ALL = CASES | RING | FOUR | FOUR_IN_RINGS | {name: case for name, (case, _) in REFUSED.items()}
 
 
 # Products of few rows (of a matrix with 256 columns or more, up to 12) are summed in another order by CPUs' libraries:
 # prompts are so long that each process has more of them.
+LTX = {
+    "ltx: static": Case(mixed(*STATIC, tail="pooled"), family="ltx", size=128),
+    "ltx: dynamic": Case(mixed(*DYNAMIC, tail="pooled"), family="ltx", size=128),
+    "ltx: uneven": Case(mixed(*DYNAMIC[:3], tail="pooled"), family="ltx", heads=3, frames=17, size=160),
+    "ltx: cache": Case(mixed(*STATIC), family="ltx", size=128, steps=10, how={"cache": "first_block:threshold=0.6"}),
+    "ltx: regions": Case(mixed(*STATIC), family="ltx", size=128, steps=8, how={"regions": "change:share=0.4,every=3"}),
+    "ltx: split by Diffusers": Case(mixed(*STATIC), family="ltx", size=128, theirs=True),
+    "ltx: ring": Case(mixed(*STATIC), family="ltx", size=128, ulysses=1, ring=2),
+    "ltx: ring with means": Case(mixed(*STATIC, tail="pooled"), family="ltx", frames=17, size=160, ulysses=1, ring=2),
+}  # fmt: skip
 JOINT = {
     "flux: dense": Case(family="flux", size=16, text=48),
     "flux: static": Case(mixed(*STATIC), family="flux", size=16, text=48),
@@ -171,16 +190,32 @@ JOINT_FOUR_IN_RINGS = {
     f"{family}: two by two": Case(mixed(*STATIC, tail="pooled"), family=family, size=size, ulysses=2, ring=2)
     for family, size in (("flux", 16), ("hunyuan", 64))
 }
-ALL |= JOINT | JOINT_RING | JOINT_FOUR | JOINT_FOUR_IN_RINGS
+GROUPS: dict[str, tuple[int, dict[str, Case]]] = {
+    "wan": (2, CASES | RING),
+    "ltx": (2, LTX),
+    "joint text": (2, JOINT | JOINT_RING),
+    "four": (4, FOUR | FOUR_IN_RINGS | JOINT_FOUR | JOINT_FOUR_IN_RINGS),
+}
+"""Each is one job: its processes, and its cases."""
+ALL = {name: case for _, cases in GROUPS.values() for name, case in cases.items()}
+ALL |= {name: case for name, (case, _) in REFUSED.items()}
 
 
 def run_case(name: str):
-    """The latents and the report's figures of one case, split if there are several processes."""
+    """Latents, latents made after `restore` where Diffusers can make them itself, and the report's figures of one case,
+    split if there are several processes."""
     if name in DISAGREEING:
         return disagree(name)
     case = ALL[name]
     torch.manual_seed(7)
-    pipe, arguments = {"wan": wan, "flux": flux, "hunyuan": hunyuan}[case.family](case)
+    pipe, arguments = {"wan": wan, "flux": flux, "hunyuan": hunyuan, "ltx": ltx}[case.family](case)
+
+    def clip():
+        return pipe(
+            height=case.size, width=case.size, num_inference_steps=case.steps,
+            generator=torch.Generator().manual_seed(5), output_type="latent", return_dict=False, **arguments,
+        )[0]  # fmt: skip
+
     if dist.is_initialized() and case.theirs:
         torch.accelerator.device_count = lambda: 1  # by which it divides
         pipe.transformer.enable_parallelism(
@@ -189,12 +224,11 @@ def run_case(name: str):
     elif dist.is_initialized():
         parallelize(pipe, case.ulysses, case.ring)
     with pointillist.accelerate(pipe, case.plan, **{"cache": "none", "regions": "none"} | case.how) as handle:
-        out = pipe(
-            height=case.size, width=case.size, num_inference_steps=case.steps,
-            generator=torch.Generator().manual_seed(5), output_type="latent", return_dict=False, **arguments,
-        )[0]  # fmt: skip
+        out = clip()
         report = handle.report()
-    return out, report.steps, report.density
+    # Diffusers' ring needs a GPU, and its split of LTX does not take masks of text
+    plain = clip() if case.theirs and case.exact and case.family == "wan" else None
+    return out, plain, report.steps, report.density
 
 
 def disagree(how: str) -> str:
@@ -269,4 +303,30 @@ def hunyuan(case: Case):
     return pipe, dict(
         prompt_embeds=torch.randn(1, case.text, 32), pooled_prompt_embeds=torch.randn(1, 32),
         prompt_attention_mask=mask, num_frames=case.frames, guidance_scale=3.0,
+    )  # fmt: skip
+
+
+def ltx(case: Case):
+    """The last three tokens of its prompt are padding."""
+    transformer = LTXVideoTransformer3DModel(
+        in_channels=8, out_channels=8, num_attention_heads=case.heads, attention_head_dim=16,
+        cross_attention_dim=16 * case.heads, num_layers=2, caption_channels=32,
+    ).eval()  # fmt: skip
+    vae = AutoencoderKLLTXVideo(
+        latent_channels=8, block_out_channels=(8, 8, 8, 8), decoder_block_out_channels=(8, 8, 8, 8),
+        layers_per_block=(1, 1, 1, 1, 1), decoder_layers_per_block=(1, 1, 1, 1, 1),
+        spatio_temporal_scaling=(True, True, True, False), decoder_spatio_temporal_scaling=(True, True, True, False),
+        decoder_inject_noise=(False,) * 5, upsample_residual=(False,) * 4, upsample_factor=(1,) * 4,
+        timestep_conditioning=False, patch_size=1, patch_size_t=1, encoder_causal=True, decoder_causal=False,
+    ).eval()  # fmt: skip
+    pipe = LTXPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(), vae=vae, text_encoder=None, tokenizer=None, transformer=transformer
+    )
+    pipe.set_progress_bar_config(disable=True)
+    texts = torch.randn(2, 1, case.text, 32)
+    mask = torch.ones(1, case.text, dtype=torch.int64)
+    mask[:, -3:] = 0
+    return pipe, dict(
+        prompt_embeds=texts[0], prompt_attention_mask=mask, negative_prompt_embeds=texts[1],
+        negative_prompt_attention_mask=mask, num_frames=case.frames, guidance_scale=3.0,
     )  # fmt: skip

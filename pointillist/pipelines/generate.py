@@ -19,6 +19,7 @@ from pointillist.accel.step_cache.table import CacheTable, is_table
 from pointillist.pipelines.events import Phase, Progress, Step, silent
 from pointillist.pipelines.job import check_degrees, device_of, seed_of, together
 from pointillist.pipelines.kept import Kept, check_kept_file, save_kept
+from pointillist.pipelines.longer import note_on_length
 from pointillist.pipelines.video import Clip, check_format, check_output, write_clips
 
 if TYPE_CHECKING:
@@ -290,6 +291,8 @@ class Run:
     """What the scheduler was given in each step: tensors in the shape of the latents, on the CPU. None if not kept."""
     sigmas: tuple[float, ...]
     """Of all steps."""
+    notes: tuple[str, ...] = ()
+    """What its report does not know."""
 
 
 def run_once(
@@ -343,7 +346,7 @@ def run_accelerated(
     import torch
 
     from pointillist.pipelines.latent_preview import clean, look
-    from pointillist.pipelines.load import takes
+    from pointillist.pipelines.load import is_embedded, takes
 
     steps, started = call["num_inference_steps"], time.perf_counter()
     velocities: list[Any] = []
@@ -384,7 +387,9 @@ def run_accelerated(
     seconds = time.perf_counter() - started
     if not np.isfinite(frames).all():
         raise _not_finite(pipe)
-    return Run(frames, seconds, handle.report(), tuple(velocities), handle.sigmas)
+    report = handle.report()
+    notes = note_on_length(report.grid[0]) if is_embedded(pipe) else ()
+    return Run(frames, seconds, report, tuple(velocities), handle.sigmas, notes)
 
 
 def _not_finite(pipe: Any, where: str = "") -> ModelError:
@@ -411,7 +416,7 @@ def describe(request: GenerateRequest, call: dict[str, Any], seed: int, fast: Ru
         "call_ms": {
             site: {kind: 1e3 * each for kind, each in kinds.items()} for site, kinds in report.call_seconds.items()
         },
-        "fallbacks": list(report.fallbacks),
+        "fallbacks": [*fast.notes, *report.fallbacks],
         "request": {name: getattr(request, name) for name in ASKED},
     }  # fmt: skip
     if this_job().processes > 1:

@@ -29,20 +29,23 @@ def check_degrees(ulysses: int, ring: int) -> None:
 
 @contextmanager
 def together(pipe: Any, ulysses: int, ring: int) -> Iterator[Job]:
-    """Meet the other processes and split the pipeline over them; nothing happens where there are none."""
+    """Meet the other processes, split the pipeline over them, and decode in parts; nothing happens where there are
+    none."""
     job = this_job()
     if ulysses * ring == 1:
         yield job
         return
     import torch.distributed as dist
 
+    from pointillist.accel.parallel.decode import decoding_in_parts
     from pointillist.accel.parallel.start import join, parallelize, separate
 
     mine = not dist.is_initialized()
     join(pipe._execution_device)
     parallelize(pipe, ulysses, ring)
     try:
-        yield job
+        with decoding_in_parts(pipe):
+            yield job
     finally:
         separate(pipe)
     if mine:  # not where something went wrong: others may not be there any more

@@ -10,6 +10,7 @@ from typing import Any
 
 from pointillist.accel.models.wan import Wan
 from pointillist.pipelines.embedded import EMBEDDED_FOLDER
+from pointillist.pipelines.longer import EMBEDDED_KNOWN, keep_positions_in_range
 
 
 class ModelError(ValueError):
@@ -41,6 +42,8 @@ def load_pipeline(
         hint = "" if isinstance(source, Path) or download else "; if it is a Hub id, add --download to fetch it"
         raise ModelError(f"the model {name!r} cannot be loaded: {str(error).partition(chr(10))[0]}{hint}") from error
     pipe.set_progress_bar_config(disable=True)
+    if is_embedded(pipe):
+        keep_positions_in_range(pipe.transformer, EMBEDDED_KNOWN)
     return pipe.to(device)
 
 
@@ -137,7 +140,7 @@ def defaults(pipe: Any) -> dict[str, Any]:
 
 
 EMBEDDED_SIDES = tuple(range(64, 193, 16))
-EMBEDDED_FRAMES = tuple(range(17, 50, 4))
+EMBEDDED_FRAMES = tuple(range(17, 130, 4))
 
 
 def check_size(pipe: Any, width: int | None, height: int | None, frames: int | None) -> None:
@@ -150,7 +153,7 @@ def check_size(pipe: Any, width: int | None, height: int | None, frames: int | N
             if value not in EMBEDDED_SIDES:
                 raise ValueError(f"{name} {value} is not possible; the embedded model makes {_listed(EMBEDDED_SIDES)}")
         if frames not in EMBEDDED_FRAMES:
-            raise ValueError(f"{frames} frames are not possible; the embedded model makes {_listed(EMBEDDED_FRAMES)}")
+            raise ValueError(f"{frames} frames are not possible; the embedded model makes 17 to 129 in steps of 4")
         return
     patch = getattr(pipe.transformer.config, "patch_size", None)
     if None in (width, height, frames) or not isinstance(patch, list | tuple):

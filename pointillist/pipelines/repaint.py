@@ -135,7 +135,7 @@ def repaint(request: RepaintRequest, progress: Progress = silent, load: Load | N
             "attention": run.report.attention_seconds,
         },
         "psnr_outside": psnr(before[~mask], frames[~mask]), "psnr_inside": psnr(before[mask], frames[mask]),
-        "fallbacks": [*notes, *run.report.fallbacks],
+        "fallbacks": [*notes, *run.notes, *run.report.fallbacks],
     }  # fmt: skip
     progress(Phase("writing"))
     to_keep = Kept.of(run, frames) if request.keep is not None else None

@@ -1,4 +1,4 @@
-"""`tile`: every query sees whole frames, those nearest to it and a few reference frames (Efficient-vDiT, LVSA).
+"""`tile`: every query sees whole frames, those nearest to it and some reference frames (Efficient-vDiT, LVSA).
 
 At fixed numbers of frames the cost grows linearly with the video. The nearest frames are those that are no references,
 so that every query sees equally many, at the border of the video too; the next one is seen in part, around the query's
@@ -30,22 +30,30 @@ class Tile(Pattern):
     """The reference frames move on with the denoising step."""
     offset: int = 0
     """The first reference frame."""
+    share: float = 1 / 3
+    """At a density: of the frames that a query sees, so many are references."""
+    ends: bool = False
+    """The reference frames are the first, the second, the last, and others evenly between."""
 
     def __post_init__(self) -> None:
         check_range("window", self.window, 1e-6, 65536)
         check_range("references", self.references, 0, 65536)
         check_range("offset", self.offset, 0, 65536)
+        check_range("share", self.share, 0, 1)
+        if self.ends and (self.rotate or self.offset):
+            raise ValueError("tile's reference frames stay with ends=true; leave out rotate and offset")
 
     @classmethod
     def at_density(
         cls, density: float, grid: Grid, segments: tuple[Segment, ...] = (), block: int = 128, **options: Any
     ) -> Self:
-        """From two frames on, about a third of them are references, at least one."""
+        """From two frames on, `share` of them are references, at least one."""
         cls.check_values(options)
+        share_of_references = float(options.get("share", cls.share))
         frames, image = density * grid[0], (1, grid[1], grid[2])
-        references = max(1, int(frames / 3)) if frames >= 2 else 0
-        whole = int(frames - references)
-        share = frames - references - whole
+        references = max(1, int(frames * share_of_references + 1e-6)) if frames >= 2 else 0
+        whole = int(frames - references + 1e-6)
+        share = max(0.0, frames - references - whole)
         window = float(whole)
         if whole == 0 or share > 0.5 / tile_count(image, block):  # else no tile at all is nearer to it than one
             window += Neighborhood.at_density(share, image, block=block, order="frames").size
@@ -75,7 +83,10 @@ class Tile(Pattern):
         t = torch.arange(frames)
         distance = 2 * (t[:, None] - t).abs() + (t[:, None] < t)
         count = min(self.references, frames)
-        chosen = (self.offset + torch.arange(count) * frames // max(1, count)) % frames
+        if self.ends:
+            chosen = torch.cat([t[:1], torch.linspace(1, frames - 1, max(0, count - 1)).round().long()])[:count]
+        else:
+            chosen = (self.offset + torch.arange(count) * frames // max(1, count)) % frames
         distance[:, chosen] = -1
         return (distance.argsort(1).argsort(1) - count).clamp(min=-1)
 

@@ -56,6 +56,30 @@ def test_every_query_sees_equally_many_frames_however_long_the_video(frames):
     ))  # fmt: skip
 
 
+def test_the_share_of_references_is_chosen():
+    for share, (window, references) in {0.0: (8, 1), 1 / 3: (6, 3), 0.8: (2, 7), 1.0: (0, 9)}.items():
+        found = Tile.at_density(9.01 / 33, (33, 8, 8), block=64, share=share)
+        assert (int(found.window), found.references) == (window, references)
+    assert Tile.at_density(9.01 / 33, (33, 8, 8), block=64) == Tile.at_density(
+        9.01 / 33, (33, 8, 8), share=1 / 3, block=64
+    )
+    with pytest.raises(ValueError, match=r"share"):
+        Tile.check_values({"share": 1.5})
+
+
+@pytest.mark.parametrize("frames", [1, 2, 5, 9, 33])
+def test_references_at_both_ends_and_between(frames):
+    for references in range(1, frames + 1):
+        nearer = Tile(1.0, references, ends=True)._nearer(frames)
+        chosen = (nearer[0] == -1).nonzero().flatten().tolist()
+        assert len(chosen) == references and chosen[: min(2, references)] == [0, 1][: min(2, references)]
+        if references > 2:
+            between = torch.tensor(chosen[1:]).diff()
+            assert chosen[-1] == frames - 1 and int(between.max() - between.min()) <= 1
+    with pytest.raises(ValueError, match="leave out rotate"):
+        Tile(1.0, 3, ends=True, rotate=True)
+
+
 @pytest.mark.parametrize("grid", [(7, 9, 10), (4, 12, 14), (1, 25, 31)])
 def test_any_density_is_reached(grid):
     call = make_call(grid, batch=1, heads=1, dim=1, block=32)
