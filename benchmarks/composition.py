@@ -216,18 +216,18 @@ def picture() -> None:
     """Speed-up against PSNR, one point for each configuration at 20 steps."""
     import matplotlib.pyplot as plt
 
-    figure, panel = plt.subplots(figsize=(7.5, 5), layout="constrained")
+    figure, panel = plt.subplots(figsize=(9, 5), layout="constrained")
     colours = {"sparse": "#2e86ab", "regions": "#d9a441", "searched": "#d1495b"}
-    for row in summary():
-        if row["steps"] != 20:
-            continue
+    rows = [row for row in summary() if row["steps"] == 20]
+    for number, row in enumerate(rows, 1):
         colour = next((c for word, c in colours.items() if row["name"].startswith(word)), "#20304f")
-        panel.scatter(row["denoise"], row["psnr"], color=colour, s=30)
+        panel.scatter(row["denoise"], row["psnr"], color=colour, s=30, label=f"{number}  {row['name']}")
         panel.annotate(
-            row["name"], (row["denoise"], row["psnr"]), xytext=(5, 3), textcoords="offset points", fontsize=8
+            str(number), (row["denoise"], row["psnr"]), xytext=(4, 3), textcoords="offset points", fontsize=8
         )
     panel.set(xlabel="denoising speed-up, measured", ylabel="PSNR against dense, median (dB)")
     panel.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside right center", fontsize=8, frameon=False, handletextpad=0)
     figure.savefig(PICTURE, dpi=110)
 
 
