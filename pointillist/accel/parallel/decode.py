@@ -45,7 +45,7 @@ def parts_of(frames: int, processes: int, context: int) -> list[Part]:
 @contextmanager
 def decoding_in_parts(pipe: Any) -> Iterator[None]:
     """Within, `pipe.vae.decode` is carried out by all processes of the job together, and all must call it alike."""
-    vae = getattr(pipe, "vae", None)
+    vae: Any = getattr(pipe, "vae", None)
     context = CONTEXT.get(type(vae).__name__)
     if context is None or not dist.is_initialized():
         yield
