@@ -66,7 +66,8 @@ LEFT_OUT = "not Training and not Quant and not GGUF and not BitsAndBytes and not
 
 EXPLAINED: tuple[tuple[str, str], ...] = (
     (
-        r"pixart\.py::.*::test_inference|(Wan|CogVideoX|HunyuanVideo)Pipeline(FastTests)?::test_inference$",
+        r"pixart\.py::.*::test_inference|(Wan|CogVideoX|HunyuanVideo|Diffusion3|QwenImage|HiDreamImage)Pipeline"
+        r"(FastTests)?::test_inference$",
         "compares pixels with those of another text encoder than the stand-in",
     ),
     (r"test_vae_tiling$", "tiles of random weights differ by 0.32, where the test allows 0.2"),
