@@ -15,9 +15,11 @@ def latents():
 
 
 def run_case(name: str):
-    """The pictures that all processes have then, and the lengths of what this one has decoded: at the context that is
-    set, or at another one that `name` says."""
-    pipe, lengths = load_pipeline("embedded"), []
+    """The pictures that all processes have then, the lengths of what this one has decoded, and what was noted: at the
+    context and in the dtype that `name` says."""
+    context, _, dtype = name.partition(" ")
+    kind = getattr(torch, dtype or "float32")
+    pipe, lengths = load_pipeline("embedded", dtype=kind), []
     plain = pipe.vae.decode
 
     def watched(z, return_dict=True):
@@ -28,8 +30,10 @@ def run_case(name: str):
     mean, std = (
         torch.tensor(each).view(1, -1, 1, 1, 1) for each in (pipe.vae.config.latents_mean, pipe.vae.config.latents_std)
     )
-    decode.CONTEXT = {type(pipe.vae).__name__: int(name)}
+    usual, decode.CONTEXT = decode.CONTEXT, {type(pipe.vae).__name__: int(context)}
     with torch.no_grad(), decode.decoding_in_parts(pipe):
-        sample = pipe.vae.decode(latents() * std + mean, return_dict=False)[0]
+        sample = pipe.vae.decode((latents() * std + mean).to(kind), return_dict=False)[0]
+        notes = getattr(pipe.vae.decode, "notes", [])
+    decode.CONTEXT = usual
     assert pipe.vae.decode is watched  # again
-    return sample, lengths
+    return sample, lengths, notes

@@ -146,6 +146,14 @@ class GenerateRequest:
         )
 
     @property
+    def dense_twin(self) -> GenerateRequest:
+        """The same without acceleration."""
+        return replace(
+            self, plan="none", pattern=None, speed=None, density=None, options=(), tail="default", cache="none",
+            regions="none",
+        )  # fmt: skip
+
+    @property
     def files(self) -> dict[str, Path]:
         """What is written: `output`, and with `compare` also `dense` and `compare`."""
         named = ("dense", "compare") if self.compare else ()
@@ -180,8 +188,10 @@ def generate(request: GenerateRequest, progress: Progress = silent, load: Load |
     progress(Phase("loading the model"))
     pipe, plan, call = prepare(request, load)
     loaded = time.perf_counter() - started
-    if makes_images(pipe):
+    if makes_images(pipe) and request.output.suffix.lower() != ".png":
         request = replace(request, output=request.output.with_suffix(".png"))
+        for path in request.files.values():
+            check_output(path)
     with together(pipe, request.ulysses, request.ring) as job:
         return _carry_out(request, pipe, plan, call, loaded, progress if job.rank == 0 else silent)
 
@@ -215,11 +225,7 @@ def _carry_out(
     facts = rounded(facts)
     clips = {request.output: Clip(fast.frames, facts)}
     if dense is not None:
-        plain = replace(
-            request, plan="none", pattern=None, speed=None, density=None, options=(), tail="default", cache="none",
-            regions="none",
-        )  # fmt: skip
-        apart = describe(replace(plain, output=request.files["dense"]), call, seed, dense, None)
+        apart = describe(replace(request.dense_twin, output=request.files["dense"]), call, seed, dense, None)
         clips[request.files["dense"]] = Clip(dense.frames, rounded(apart))
         clips[request.files["compare"]] = Clip(_side_by_side(dense.frames, fast.frames), facts)
     write_clips(clips, request.fps)
@@ -233,7 +239,7 @@ def prepare(request: GenerateRequest, load: Load | None = None) -> tuple[Any, An
     import torch
 
     from pointillist.accel.conflicts import targets_of
-    from pointillist.pipelines.load import call_of, load_pipeline, takes
+    from pointillist.pipelines.load import call_of, check_can_be_repainted, load_pipeline, makes_images, takes
 
     if request.plan not in (None, "auto", "none"):
         Plan.load(request.plan)  # a bad file is told before a model is loaded
@@ -251,8 +257,16 @@ def prepare(request: GenerateRequest, load: Load | None = None) -> tuple[Any, An
             f"a {type(pipe).__name__} needs {' and '.join(needed)} beside the prompt, which cannot be given here; "
             "call it from Python: accelerate(pipe)"
         )
+    if lacks := {"prompt", "num_inference_steps"} - set(takes(pipe)):
+        raise ValueError(
+            f"a {type(pipe).__name__} takes no {' and no '.join(sorted(lacks))}; call it from Python: accelerate(pipe)"
+        )
+    if request.keep is not None:
+        check_can_be_repainted(pipe)
+    images = makes_images(pipe)
     call = call_of(
-        pipe, height=request.height, width=request.width, num_frames=request.frames,
+        pipe, height=request.height, width=request.width,
+        num_frames=None if images and request.frames == 1 else request.frames,
         num_inference_steps=request.steps, guidance_scale=request.guidance,
         negative_prompt=request.negative_prompt or None,
     )  # fmt: skip
@@ -346,7 +360,7 @@ def run_accelerated(
     import torch
 
     from pointillist.pipelines.latent_preview import clean, look
-    from pointillist.pipelines.load import is_embedded, takes
+    from pointillist.pipelines.load import takes
 
     steps, started = call["num_inference_steps"], time.perf_counter()
     velocities: list[Any] = []
@@ -376,20 +390,37 @@ def run_accelerated(
         latest[0], count = velocity, count + 1
         if keep:
             velocities.append(velocity.to("cpu", copy=True))
-        if not watched:
+        if not watched and count <= steps:  # samplers of the second order are called twice in a step
             done(count)
 
     watched = {"callback_on_step_end": after_step} if "callback_on_step_end" in takes(pipe) else {}
     handle.watch_velocities(seen)
     with torch.no_grad():
-        result = pipe(**call, **watched, generator=_generator(seed), output_type="np")
+        try:
+            result = pipe(**call, **watched, generator=_generator(seed), output_type="np")
+        except (TypeError, AttributeError) as error:
+            _check_pictures(pipe, error)
+            raise
     frames = result.images[:1] if hasattr(result, "images") else result.frames[0]
     seconds = time.perf_counter() - started
     if not np.isfinite(frames).all():
         raise _not_finite(pipe)
     report = handle.report()
-    notes = note_on_length(report.grid[0]) if is_embedded(pipe) else ()
-    return Run(frames, seconds, report, tuple(velocities), handle.sigmas, notes)
+    vae_decode = getattr(getattr(pipe, "vae", None), "decode", None)
+    notes = [*note_on_length(pipe.transformer, report.grid[0]), *getattr(vae_decode, "notes", ())]
+    return Run(frames, seconds, report, tuple(velocities), handle.sigmas, tuple(notes))
+
+
+def _check_pictures(pipe: Any, error: Exception) -> None:
+    """Raise ModelError if what failed is a pipeline that takes pictures: few check that they were given one."""
+    from pointillist.pipelines.load import ModelError, takes
+
+    pictures = [name for name in takes(pipe) if name in ("image", "video", "mask_image", "control_image")]
+    if pictures:
+        raise ModelError(
+            f"a {type(pipe).__name__} takes {' and '.join(pictures)} too, which cannot be given here, and failed "
+            f"without ({error}); call it from Python: accelerate(pipe)"
+        ) from error
 
 
 def _not_finite(pipe: Any, where: str = "") -> ModelError:

@@ -94,6 +94,7 @@ def inspect(request: InspectRequest, progress: Progress = silent, load: Load | N
     from pointillist.accel.accelerate import accelerate
     from pointillist.accel.choose_plan import choose_plan
     from pointillist.accel.conflicts import targets_of
+    from pointillist.pipelines.load import takes
 
     check_output(request.output)
     facts = facts_of(request.clip)
@@ -126,7 +127,8 @@ def inspect(request: InspectRequest, progress: Progress = silent, load: Load | N
         handle.observe(recorder.observe)
         handle.observe_layouts(recorder.observe_layout)
         generator = torch.Generator("cpu").manual_seed(facts["seed"])
-        pipe(**call, generator=generator, output_type="latent", callback_on_step_end=after_step)
+        told = {"callback_on_step_end": after_step} if "callback_on_step_end" in takes(pipe) else {}
+        pipe(**call, **told, generator=generator, output_type="latent")
         report, sigmas = handle.report(), handle.sigmas
     progress(Phase("writing"))
     recorder.save(request.output, request.clip, facts, report, sigmas)

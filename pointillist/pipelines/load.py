@@ -76,6 +76,12 @@ def _checked_device(device: str | None) -> str:
     return device
 
 
+def check_can_be_repainted(pipe: Any) -> None:
+    """Raise `ValueError` if `repaint` can do nothing with clips of `pipe`."""
+    if not Wan().is_member(getattr(pipe, "transformer", None)):
+        raise ValueError(f"a {type(pipe).__name__} cannot be repainted; pipelines of the family Wan can")
+
+
 def is_embedded(pipe: Any) -> bool:
     """Whether `pipe` has the architecture of the model that ships with the package, from wherever it was loaded."""
     transformer: Any = getattr(pipe, "transformer", None)
@@ -94,6 +100,8 @@ NAMES = {
     "guidance_scale": "guidance",
 }
 """Arguments of pipelines, and what they are called here."""
+FRAMES = ("num_frames", "frames", "video_length")
+"""How pipelines call the number of frames."""
 
 
 def call_of(pipe: Any, **asked: Any) -> dict[str, Any]:
@@ -102,10 +110,12 @@ def call_of(pipe: Any, **asked: Any) -> dict[str, Any]:
     Raises:
         ValueError: the pipeline does not take it, or cannot make it.
     """
-    given = {name: value for name, value in asked.items() if value is not None}
+    given = {_named(pipe, name): value for name, value in asked.items() if value is not None}
     if unknown := [NAMES.get(name, name) for name in given if name not in takes(pipe)]:
         raise ValueError(f"a {type(pipe).__name__} takes no {' and no '.join(unknown)}; leave it out")
     call = {**defaults(pipe), **given}
+    if guides_by_negative(pipe):
+        call.setdefault("negative_prompt", " ")
     check_size(pipe, *(call.get(name) for name in ("width", "height", "num_frames")))
     return call
 
@@ -122,7 +132,21 @@ def takes(pipe: Any) -> Mapping[str, inspect.Parameter]:
 
 def makes_images(pipe: Any) -> bool:
     """Whether what a pipeline makes has no frames."""
-    return "num_frames" not in takes(pipe)
+    return not {*FRAMES, "video"} & set(takes(pipe))
+
+
+def guides_by_negative(pipe: Any) -> bool:
+    """Whether a pipeline guides, by its defaults, once a negative prompt is given, and by another scale then: as
+    Qwen-Image, whose own examples give a blank."""
+    scale = takes(pipe).get("true_cfg_scale")
+    return scale is not None and isinstance(scale.default, int | float) and scale.default > 1
+
+
+def _named(pipe: Any, name: str) -> str:
+    """As the pipeline calls it."""
+    if name == "num_frames":
+        return next((each for each in FRAMES if each in takes(pipe)), name)
+    return "true_cfg_scale" if name == "guidance_scale" and guides_by_negative(pipe) else name
 
 
 def defaults(pipe: Any) -> dict[str, Any]:

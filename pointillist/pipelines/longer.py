@@ -8,6 +8,7 @@ it is one picture and the others are several, and a model knows it by that place
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,18 +20,23 @@ EMBEDDED_KNOWN = 9
 """Latent frames that the embedded model was trained on."""
 
 
-def keep_positions_in_range(transformer: Any, known: int) -> None:
+def keep_positions_in_range(transformer: Any, known: int) -> Callable[[], None]:
     """Let a Wan transformer place the frames of longer clips where those of `known` latent frames were.
 
-    Clips that are not longer stay as they are, in every bit.
+    Clips that are not longer stay as they are, in every bit. Returns the undo.
     """
     import torch
 
-    @torch.compiler.disable
     def placed(rope: Any, args: tuple[Any, ...], tables: tuple[torch.Tensor, torch.Tensor]) -> Any:
         frames = args[0].shape[2] // rope.patch_size[0]
         if frames <= known:
             return None
+        height, width = args[0].shape[3] // rope.patch_size[1], args[0].shape[4] // rope.patch_size[2]
+        if tables[0].shape[1] != frames * height * width:
+            raise RuntimeError(
+                "positions of a clip that is longer than the model knows were split before they could be placed; split "
+                "the pipeline by pointillist's parallelize() instead of enable_parallelism()"
+            )
         one = torch.atan2(rope.freqs_sin[1, : rope.t_dim].double(), rope.freqs_cos[1, : rope.t_dim].double())
         angles = positions(frames, known).to(one)[:, None] * one
         return tuple(
@@ -38,7 +44,14 @@ def keep_positions_in_range(transformer: Any, known: int) -> None:
             for of, table in zip((torch.cos, torch.sin), tables, strict=True)
         )
 
-    transformer.rope.register_forward_hook(placed)
+    hook = transformer.rope.register_forward_hook(placed)
+    transformer.rope.known_frames = known
+
+    def undo() -> None:
+        hook.remove()
+        del transformer.rope.known_frames
+
+    return undo
 
 
 def positions(frames: int, known: int) -> torch.Tensor:
@@ -64,8 +77,9 @@ def linear_plan(frames: int, known: int = EMBEDDED_KNOWN) -> Plan:
     )
 
 
-def note_on_length(frames: int, known: int = EMBEDDED_KNOWN) -> tuple[str, ...]:
-    """What is done about a clip of so many latent frames; nothing if the model knows that length."""
+def note_on_length(transformer: Any, frames: int) -> tuple[str, ...]:
+    """What was done about a clip of so many latent frames; nothing if the model knows that length."""
+    known = getattr(getattr(transformer, "rope", None), "known_frames", frames)
     if frames <= known:
         return ()
     return (

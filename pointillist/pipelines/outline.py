@@ -103,10 +103,16 @@ def outline_of(name: str) -> Outline:
         raise ModelError(f"the model {name!r} cannot be read: {str(error).partition(chr(10))[0]}") from error
     if not isinstance(getattr(skeleton.config, "patch_size", None), list | tuple):
         raise ModelError(f"the sizes that a {kind} makes are not known here; the command line runs it")
-    return Outline(
+    outline = Outline(
         name, skeleton, scheduler, vae.get("scale_factor_spatial") or 8, vae.get("scale_factor_temporal") or 4,
         SimpleNamespace(**{key: value for key, value in index.items() if key != "boundary_ratio"}),
     )  # fmt: skip
+    if missing := {"width", "height", "num_frames", "guidance_scale"} - set(outline.call):
+        raise ModelError(
+            f"what a {index['_class_name']} makes is not known here ({', '.join(sorted(missing))}); the command line "
+            "runs it"
+        )
+    return outline
 
 
 def models_here() -> list[str]:

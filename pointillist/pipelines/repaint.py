@@ -25,7 +25,6 @@ from pointillist.metrics import psnr
 from pointillist.pipelines.again import facts_of, request_of
 from pointillist.pipelines.events import Phase, Progress, silent
 from pointillist.pipelines.generate import (
-    GenerateRequest,
     GenerateResult,
     Load,
     prepare,
@@ -34,6 +33,7 @@ from pointillist.pipelines.generate import (
     run_once,
 )
 from pointillist.pipelines.kept import SETTINGS, Kept, check_kept_file, load_kept, save_kept
+from pointillist.pipelines.load import check_can_be_repainted
 from pointillist.pipelines.mask import read_mask, soft_edge, tokens_touched
 from pointillist.pipelines.video import (
     Clip,
@@ -102,7 +102,8 @@ def repaint(request: RepaintRequest, progress: Progress = silent, load: Load | N
 
     progress(Phase("loading the model"))
     started = time.perf_counter()
-    pipe, plan, call = prepare(original if kept is None else _dense(original), load)
+    pipe, plan, call = prepare(original if kept is None else original.dense_twin, load)
+    check_can_be_repainted(pipe)
     loaded, started = time.perf_counter() - started, time.perf_counter()
     source, again = "kept", 0.0
     if kept is None:
@@ -168,8 +169,7 @@ class _Work:
 
         latents = kept.velocities[0]
         family = family_of(pipe.transformer)
-        if latents.ndim != 5 or family is None or not family.can_take_rows:
-            raise ValueError(f"a {type(pipe).__name__} cannot be repainted; pipelines of the family Wan can")
+        assert family is not None, "it was checked"
         grid = family.tokens(pipe.transformer, {"hidden_states": latents}).grid
         each = (length // count for length, count in zip(latents.shape[2:], grid, strict=True))
         patch = (next(each), next(each), next(each))
@@ -277,21 +277,6 @@ def _differing(clip: Path, kept: Kept) -> list[str]:
         return []
     likeness = psnr(shown, kept.pixels / 255)
     return [f"the clip came out differently now: {likeness:.1f} dB from the file"] if likeness < ALIKE else []
-
-
-def _dense(original: GenerateRequest) -> GenerateRequest:
-    """The same model and arguments, whose plan does not matter."""
-    return replace(
-        original,
-        plan="none",
-        pattern=None,
-        speed=None,
-        density=None,
-        options=(),
-        tail="default",
-        cache="none",
-        regions="none",
-    )
 
 
 def _kept(request: RepaintRequest, facts: dict[str, Any]) -> Kept | None:

@@ -1,5 +1,6 @@
 """One generation of a pipeline, as a search makes it."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -17,9 +18,11 @@ def run(pipe: Any, study: Study, prompt: str, stepped: Callable[[int], None], se
         stepped(step + 1)
         return tensors
 
+    takes = inspect.signature(type(pipe).__call__).parameters
+    told = {"callback_on_step_end": after} if "callback_on_step_end" in takes else {}
     generator = torch.Generator("cpu").manual_seed(study.seed if seed is None else seed)
     with torch.no_grad():
-        result = pipe(prompt=prompt, **study.call, generator=generator, output_type="np", callback_on_step_end=after)
+        result = pipe(prompt=prompt, **study.call, **told, generator=generator, output_type="np")
     return result.frames[0] if hasattr(result, "frames") else result.images
 
 

@@ -24,6 +24,22 @@ def test_a_clip_that_the_model_knows_stays_as_it_is():
         assert all(torch.equal(a, b) for a, b in zip(tables(plain, frames), tables(placed, frames), strict=True))
 
 
+def test_placing_is_undone_traced_and_refused_where_the_table_is_a_part():
+    transformer = make_transformer()
+    before, undo = tables(transformer, 12), keep_positions_in_range(transformer, 5)
+    placed = tables(transformer, 12)
+    assert not torch.equal(before[0], placed[0])
+    traced = torch.compile(transformer.rope, backend="eager", fullgraph=True)(torch.zeros(1, 16, 12, 4, 6))
+    assert all(torch.equal(a, b) for a, b in zip(placed, traced, strict=True))
+    forward = transformer.rope.forward
+    transformer.rope.forward = lambda x: tuple(table[:, : table.shape[1] // 2] for table in forward(x))
+    with pytest.raises(RuntimeError, match=r"parallelize\(\)"):
+        tables(transformer, 12)
+    transformer.rope.forward = forward
+    undo()
+    assert all(torch.equal(a, b) for a, b in zip(before, tables(transformer, 12), strict=True))
+
+
 def test_a_longer_clip_is_placed_where_the_known_one_was():
     known, frames = 5, 12
     plain, placed = make_transformer(), make_transformer()
@@ -66,8 +82,9 @@ def test_the_embedded_model_makes_longer_clips_and_says_what_is_done(tmp_path):
     )  # fmt: skip
     facts = generate(request).facts
     assert facts["frames"] == 53 and facts["grid"] == [14, 8, 8]
-    assert facts["fallbacks"] == list(note_on_length(14)) and "14 latent frames" in facts["fallbacks"][0]
-    assert note_on_length(9) == ()
+    transformer = load_pipeline("embedded").transformer
+    assert facts["fallbacks"] == list(note_on_length(transformer, 14)) and "14 latent frames" in facts["fallbacks"][0]
+    assert note_on_length(transformer, 9) == () == note_on_length(make_transformer(), 14)
     with pytest.raises(ValueError, match="133 frames are not possible; the embedded model makes 17 to 129"):
         check_size(load_pipeline("embedded"), 64, 64, 133)
 

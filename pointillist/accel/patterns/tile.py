@@ -33,7 +33,7 @@ class Tile(Pattern):
     share: float = 1 / 3
     """At a density: of the frames that a query sees, so many are references."""
     ends: bool = False
-    """The reference frames are the first, the second, the last, and others evenly between."""
+    """The reference frames are the first, the second, the last, and others evenly between; of two, the first two."""
 
     def __post_init__(self) -> None:
         check_range("window", self.window, 1e-6, 65536)

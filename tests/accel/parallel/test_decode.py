@@ -30,8 +30,9 @@ def test_short_clips_are_decoded_in_one_pass():
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    contexts = [CONTEXT["AutoencoderKLWan"], 1]
-    return run_job(2, "decode_cases", [str(each) for each in contexts], tmp_path_factory.mktemp("decoded"))
+    usual = CONTEXT["AutoencoderKLWan"]
+    names = [str(usual), f"{usual} bfloat16", "1"]
+    return run_job(2, "decode_cases", names, tmp_path_factory.mktemp("decoded"))
 
 
 @pytest.fixture(scope="module")
@@ -40,13 +41,19 @@ def in_one_pass():
 
 
 def test_two_processes_decode_what_one_decodes(made, in_one_pass):
-    pictures, lengths = made["12"]
-    assert lengths == [22] and pictures.shape == in_one_pass.shape
+    pictures, lengths, notes = made["12"]
+    assert lengths == [22] and notes == [] and pictures.shape == in_one_pass.shape
     first, second = itertools.pairwise([0, 1 + 21 * 4, pictures.shape[2]])
     assert torch.equal(pictures[:, :, slice(*first)], in_one_pass[:, :, slice(*first)])
     assert 0 < float((pictures - in_one_pass)[:, :, slice(*second)].abs().max()) < SEAM
 
 
 def test_neighbours_that_do_not_agree_at_a_seam_decode_in_one_pass(made, in_one_pass):
-    pictures, lengths = made["1"]
+    pictures, lengths, notes = made["1"]
     assert lengths == [17, 33] and torch.equal(pictures, in_one_pass)
+    assert notes == ["decoded in one pass: the pictures of parts did not agree at their seams"]
+
+
+def test_parts_agree_in_half_precision(made):
+    pictures, lengths, notes = made["12 bfloat16"]
+    assert lengths == [22] and notes == [] and pictures.dtype == torch.bfloat16
