@@ -92,6 +92,8 @@ def with_caching(choice: Choice, wish: Caching | CacheTable | str | None, target
 def with_regions(choice: Choice, wish: Regions | str | None) -> Choice:
     """The choice with the regions that are wished for: `auto` is the plan's own.
 
+    Others stand in place of steps that the plan reuses: behind a reused step there is nothing to keep.
+
     Raises:
         AccelerateError: the wish is none.
     """
@@ -107,6 +109,8 @@ def with_regions(choice: Choice, wish: Regions | str | None) -> Choice:
         plan = Plan.uniform("dense", 1.0) if plan is None else plan
         if isinstance(wish, Regions) and plan.schedule.region_from:
             steps = {}  # the plan's
+        elif plan.schedule.computed:
+            plan = replace(plan, cache=None, schedule=replace(plan.schedule, computed=()))
         return replace(choice, plan=replace(plan, regions=regions, schedule=replace(plan.schedule, **steps)))
     except (RegionsError, PlanError) as error:
         raise AccelerateError(str(error)) from error

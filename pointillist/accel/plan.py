@@ -276,8 +276,14 @@ class Plan:
                 metadata = file.metadata() or {}
         except PlanError:
             raise
-        except (SafetensorError, OSError, ValueError) as error:
-            raise PlanError(f"cannot read a plan from {os.fspath(path)}: {error}") from error
+        except FileNotFoundError:
+            raise PlanError(
+                f"there is no plan {os.fspath(path)!r}; give a plan file, or auto, quality, balanced, fast or none"
+            ) from None
+        except (SafetensorError, ValueError) as error:
+            raise PlanError(f"{os.fspath(path)!r} is no plan file: {error}") from error
+        except OSError as error:
+            raise PlanError(f"the plan {os.fspath(path)!r} cannot be read: {error.strerror or error}") from error
         if "pointillist.plan" not in metadata:
             raise PlanError(f"{os.fspath(path)} is a safetensors file without a plan in its metadata")
         return cls.from_json(metadata["pointillist.plan"])

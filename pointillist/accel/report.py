@@ -155,7 +155,8 @@ def make_report(record: Record, plan: str, plan_source: str, dense_backend: tupl
     steps = _kinds(record)
     notes = [*record.warnings, *(f"{reason} ({count} calls)" for reason, count in record.notes.items())]
     if record.caching and record.decisions and record.modules is None and "cached" not in steps.values():
-        notes.append("cache: no step was reused; a greater threshold would")
+        helps = not record.caching.startswith("schedule") and not any(note.startswith("cache inert") for note in notes)
+        notes.append("cache: no step was reused" + ("; a greater threshold would" if helps else ""))
     sparse = [density for each in densities.values() for density in each]
     calls = len(record.calls)
     sites = dict.fromkeys(call.site for call in record.calls)

@@ -48,7 +48,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except UsageError as error:
         return _fail(f"{error.format_message()} Try --help.", 2)  # type: ignore[attr-defined]
     except (typer.Abort, KeyboardInterrupt):
-        return _fail("interrupted; no file is half-written", INTERRUPTED)
+        return _fail("interrupted; no file is half-written, and a search goes on by the same command", INTERRUPTED)
     except (ValueError, OSError, MemoryError) as error:
         if os.environ.get("POINTILLIST_DEBUG") == "1":
             raise

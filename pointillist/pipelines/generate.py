@@ -214,6 +214,8 @@ def _carry_out(
     )
     facts = describe(request, call, seed, fast, dense)
     facts["load_seconds"] = round(loaded, 3)
+    if request.frames not in (None, facts["frames"]):
+        facts["fallbacks"].append(f"{facts['frames']} frames, not {request.frames}: the nearest that this model makes")
     if this_job().rank:
         return GenerateResult(request.output, rounded(facts))
 
@@ -287,10 +289,16 @@ def plan_of(request: GenerateRequest, steps: int) -> Plan | str:
 
 def _shifted(scheduler: Any, shift: float) -> Any:
     """The same scheduler with another shift of its sigmas, which is `flow_shift` in some of them."""
+    config = scheduler.config
+    flow = "FlowMatch" in type(scheduler).__name__ or config.get("prediction_type") == "flow_prediction"
+    dynamic = config.get("use_dynamic_shifting", False)
     for name in ("shift", "flow_shift"):
-        if name in scheduler.config:
+        if name in config and flow and not dynamic:
             return type(scheduler).from_config(scheduler.config, **{name: shift})
-    raise ValueError(f"--shift is not possible: a {type(scheduler).__name__} has no shift")
+    raise ValueError(
+        f"--shift is not possible: the {type(scheduler).__name__} of this model "
+        + ("shifts by the size of the picture" if dynamic else "has no shift that counts")
+    )
 
 
 @dataclass(frozen=True)

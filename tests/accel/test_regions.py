@@ -105,7 +105,7 @@ def test_a_second_transformer_starts_with_keys_of_its_own(run):
     pipe = make_pipe(transformer_2=make_transformer(), boundary_ratio=0.7)
     with accelerate(pipe, "none", regions="change:share=0.4,every=9,from=1") as handle:
         run(pipe, steps=8)
-        assert any("no step before" in note for note in handle.report().fallbacks)
+        assert any("no computed step before" in note for note in handle.report().fallbacks)
         assert len(handle.report().ages[7]) > 1
 
 
@@ -340,7 +340,7 @@ def test_text_is_read_or_refused():
     assert policy == Regions(0.25, "low_std", "tile", 0.5, 9, "fp8")
     assert schedule == {"region_from": 0.9, "region_to": 0.1, "region_every": 2}
     for text, message in (
-        ("all", "regions 'all' are unknown; allowed are easy, change"),
+        ("all", "regions 'all' are unknown; allowed are auto, none, easy, change"),
         ("change:share=0", "share is 0.0; it must be a number above 0"),
         ("change:share=x", "share is 'x'; it must be a number"),
         ("change:share=0.1,max_age=3", "reaches all tokens in 10 steps, which is more than max_age 3"),
@@ -417,3 +417,17 @@ def test_its_timeline_is_drawn(run, tmp_path):
         write_timeline(report, tmp_path / "timeline.png")
     assert (tmp_path / "timeline.png").read_bytes().startswith(b"\x89PNG")
     assert len(report.refreshed) == 48 and 0.3 <= min(report.refreshed) < max(report.refreshed) <= 1
+
+
+def test_regions_that_are_asked_for_stand_in_place_of_reused_steps():
+    from pointillist import load_pipeline
+
+    pipe = load_pipeline("embedded")
+    call = {"height": 64, "width": 64, "num_frames": 17, "num_inference_steps": 12, "output_type": "latent"}
+    with accelerate(pipe, "balanced", regions="easy") as handle:
+        pipe("a red circle", **call)
+        steps = handle.report().steps
+    assert steps["region"] >= 4 and steps["cached"] == 0
+    with accelerate(pipe, "balanced") as handle:
+        pipe("a red circle", **call)
+        assert handle.report().steps["cached"] > 0

@@ -198,7 +198,7 @@ def test_curves_carry_to_other_step_counts():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("quick", "'quick' is unknown; allowed are easy, rate"),
+        ("quick", "'quick' is unknown; allowed are auto, none, easy, table, rate"),
         ("rate:threshold", "must be NAME=VALUE"),
         ("rate:threshold=-1", "threshold is -1; it must be a number, 0 or more"),
         ("rate:limit=1", "rate has no option limit; it has threshold"),

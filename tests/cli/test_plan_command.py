@@ -185,7 +185,7 @@ def test_diff_of_what_is_no_plan_is_2(searched, tmp_path, capsys, monkeypatch, a
     monkeypatch.chdir(tmp_path)
     searched[2].rename("plan")
     assert cli(["plan", "diff", *arguments]) == 2
-    assert "cannot read a plan from missing" in capsys.readouterr().err
+    assert "there is no plan 'missing" in capsys.readouterr().err
 
 
 def test_names_cannot_steer_the_terminal(tmp_path, capsys):

@@ -70,7 +70,7 @@ class Regions:
         """
         name, _, rest = text.partition(":")
         if name != "easy" and name not in FOCUSES:
-            raise RegionsError(f"regions {name!r:.80} are unknown; allowed are easy, {', '.join(FOCUSES)}")
+            raise RegionsError(f"regions {name!r:.80} are unknown; allowed are auto, none, easy, {', '.join(FOCUSES)}")
         kinds: dict[str, Any] = {field.name: type(field.default) for field in fields(cls)}
         values: dict[str, Any] = {} if name == "easy" else {"focus": name}
         schedule: dict[str, Any] = dict(EASY)

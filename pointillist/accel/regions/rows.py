@@ -66,7 +66,7 @@ class RegionSampling:
             if self._velocity().get("keys"):
                 runtime.rows = shared["rows"]
             else:
-                runtime.record.notes["all tokens computed: there was no step before to keep the others of"] += 1
+                runtime.record.notes["a region step computed all tokens: there was no computed step before it"] += 1
         computed = [kind for kind in kinds[state.step + 1 :] if kind != "cached"]
         runtime.keeps_keys = runtime.rows is None and kinds[state.step] != "cached" and computed[:1] == ["region"]
 

@@ -74,7 +74,10 @@ class Decider:
         """Raises ValueError for options that it does not have, or values they cannot have."""
         known = [each.name for each in fields(cls)]
         if unknown := sorted(set(options) - set(known)):
-            raise ValueError(f"{cls.NAME} has no option {', '.join(unknown)}; it has {', '.join(known)}")
+            raise ValueError(
+                f"{cls.NAME} has no option {', '.join(unknown)}; it has {', '.join(known)}, and as all deciders first, "
+                "last, most, predictor and level"
+            )
         return cls(**options)
 
 

@@ -43,7 +43,9 @@ class Caching:
 
     def __post_init__(self) -> None:
         if self.decider not in DECIDERS:
-            raise CachingError(f"the cache {self.decider!r:.80} is unknown; allowed are easy, {', '.join(DECIDERS)}")
+            raise CachingError(
+                f"the cache {self.decider!r:.80} is unknown; allowed are auto, none, easy, table, {', '.join(DECIDERS)}"
+            )
         if self.predictor not in PREDICTORS:
             raise CachingError(f"predictor {self.predictor!r:.80} is unknown; allowed are {', '.join(PREDICTORS)}")
         if self.level not in LEVELS:

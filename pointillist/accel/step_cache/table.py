@@ -181,6 +181,10 @@ class CacheTable:
             if path.stat().st_size > MAX_BYTES:
                 raise CacheTableError(f"{path} is no cache table: it has more than {MAX_BYTES} bytes")
             return cls.from_json(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise CacheTableError(
+                f"{os.fspath(path)!r} cannot be read as a cache table: there is no such file"
+            ) from None
         except (OSError, UnicodeDecodeError, CacheTableError) as error:
             raise CacheTableError(f"{os.fspath(path)!r} cannot be read as a cache table: {error}") from error
 
