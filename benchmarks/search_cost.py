@@ -63,7 +63,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         job = Pass(0, tuple(range(args.layers)))
-        playback = record(pipe, study, job, Path(folder) / "profile.safetensors", told("the profile"))
+        playback = record(pipe, study, job, Path(folder) / "profile.safetensors", told)
     seconds, more = time.perf_counter() - start, peak(args.device) - before
     bound = args.layers * bytes_of_a_layer(study) / 2**30
     rounds = len(passes(replace(study, layers=LAYERS)))

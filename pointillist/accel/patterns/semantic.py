@@ -11,6 +11,7 @@ Queries and keys are clustered apart, so a token need not see itself. To keep fo
 with tokens of its own would take 0.15 to 0.2 of all pairs in the embedded model, the whole of many a budget.
 """
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -123,9 +124,10 @@ def log_errors(
     v_means = pool_blocks(v, keys.bounds)[0]
     deviations = (k - key_means.gather(2, of_place)).mT * scale
     squares, products = v.square().sum(-1), 2 * (v * v_means.gather(2, of_place)).sum(-1)
+    most = 0.45 * math.log(torch.finfo(k.dtype).max)  # of which the square of the exponential is finite
     found = []
     for some in query_means.split(max(1, min(64, SCORES_AT_ONCE // (batch * heads * tokens))), dim=2):
-        growth = (some @ deviations).clamp(max=40).exp()  # whose square is finite in float32
+        growth = (some @ deviations).clamp(max=most).exp()
         errors = growth * (growth * squares[:, :, None] - products[:, :, None])
         found.append(pool_blocks(errors.mT, keys.bounds)[0].mT)
     errors = torch.cat(found, dim=2) + v_means.square().sum(-1)[:, :, None]
