@@ -33,7 +33,6 @@ from pointillist.pipelines.generate import (
     run_once,
 )
 from pointillist.pipelines.kept import SETTINGS, Kept, check_kept_file, load_kept, save_kept
-from pointillist.pipelines.load import check_can_be_repainted
 from pointillist.pipelines.mask import read_mask, soft_edge, tokens_touched
 from pointillist.pipelines.video import (
     Clip,
@@ -93,6 +92,8 @@ def repaint(request: RepaintRequest, progress: Progress = silent, load: Load | N
     Raises:
         ValueError, AccelerateError, ModelError, OutputError: one sentence on what was given and allowed.
     """
+    from pointillist.pipelines.load import check_can_be_repainted
+
     for path in filter(None, (request.output, request.keep)):
         check_output(path)
     facts = facts_of(request.clip)

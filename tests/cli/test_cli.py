@@ -121,7 +121,7 @@ def test_broken_model_folders_are_told(tmp_path, capsys, index):
         (["generate", "a", "--density", "0.2"], 2, "describe a --pattern"),
         (["generate", "a", "--nonsense"], 2, "No such option"),
         (["generate"], 2, "Missing argument"),
-        (["generate", "a", "--cache", "quick"], 2, "the cache 'quick' is unknown; allowed are easy"),
+        (["generate", "a", "--cache", "quick"], 2, "the cache 'quick' is unknown; allowed are auto, none, easy"),
         (["generate", "a", "--cache", "easy", "--speed", "exact"], 2, "--speed exact computes everything"),
         (["generate", "a", "--model", "nowhere"], 1, "there is no model 'nowhere'; allowed are \"embedded\""),
         (["generate", "a", "--model", "someone/absent"], 1, "add --download"),
