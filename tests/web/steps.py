@@ -1,5 +1,9 @@
 """What a person does on the page."""
 
+from contextlib import suppress
+
+from playwright.sync_api import Error as PlaywrightError
+
 
 def choose(page, name, text):
     """In a dropdown."""
@@ -23,11 +27,16 @@ def settle(page, steps, seed=7, prompt=None):
     number = page.locator("#generate-steps input[type=number]")
     if not number.is_visible():
         page.click("#generate-advanced button")
-    number.fill(str(steps))
-    number.press("Tab")
-    page.wait_for_function(
-        "steps => document.querySelectorAll('#generate-predicted .steps i').length === steps", arg=steps
-    )
+    for _ in range(20):  # a page that has just come may still be given its values
+        number.fill(str(steps))
+        number.press("Tab")
+        with suppress(PlaywrightError):
+            return page.wait_for_function(
+                "steps => document.querySelectorAll('#generate-predicted .steps i').length === steps",
+                arg=steps,
+                timeout=6000,
+            )
+    raise AssertionError(f"{steps} steps were never predicted: {page.inner_text('#generate-predicted')}")
 
 
 def start(page):

@@ -21,7 +21,9 @@ def test_generate_compare_reload_and_load_settings(view, served):
     page.wait_for_selector("#job-generate img.job-preview")
     wait_for(page, "Done in")
     page.wait_for_selector("#generate-video video[src]")
-    assert "Rough" not in page.inner_text("#generate-predicted")  # it has learned from the run
+    page.wait_for_function(
+        "!document.querySelector('#generate-predicted').innerText.includes('Rough')"
+    )  # it has learned
     [made] = set(clips(served)) - set(before)
     facts = read_settings(made)
     assert (facts["width"], facts["frames"], facts["steps"], facts["seed"]) == (64, 17, 30, 7)
