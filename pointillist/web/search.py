@@ -21,6 +21,7 @@ from pointillist.search.errors import SearchError
 from pointillist.search.record import Point
 from pointillist.search.wish import Wish
 from pointillist.web import charts
+from pointillist.web.controls import offered_model
 from pointillist.web.job_panel import JobPanel, failure
 from pointillist.web.pick import picked, picker
 from pointillist.web.shared import Shared
@@ -143,7 +144,7 @@ def tab(engine: Engine, shared: Shared) -> None:
         return [str(plan), gr.Tabs(selected="generate")]
 
     wish.change(lambda wish: _number_field(wish), wish, number, **QUIET)
-    model.change(_for_model, model, [width, height, frames], **QUIET)
+    model.change(lambda name: _for_model(shared, name), model, [width, height, frames], **QUIET)
     asked = [wish, number, model, width, height, frames, steps, verify, reuse, hardware]
     start.click(begin, asked, [*panel.begun, known], **QUIET)
     resume.click(go_on, known, [*panel.begun, known], **QUIET)
@@ -158,10 +159,10 @@ def _choice(label: str, values: Sequence[int], elem_id: str) -> gr.Dropdown:
     return gr.Dropdown(choices, value=OWN, label=label, elem_id=elem_id, min_width=120)
 
 
-def _for_model(name: str) -> list[gr.Dropdown]:
+def _for_model(shared: Shared, name: str) -> list[gr.Dropdown]:
     """Width, height and frames that a model can make."""
     try:
-        outline = outline_of(name)
+        outline = offered_model(shared, name)
     except ModelError as error:
         gr.Warning(str(error))
         return [gr.skip()] * 3

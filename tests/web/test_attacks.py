@@ -213,3 +213,12 @@ def test_only_offered_models_may_be_named_from_elsewhere(tmp_path):
     for shared, name in ((there, str(tmp_path)), (replace(there, any_model=True), "/etc")):
         with pytest.raises(ModelError, match="has no model_index"):
             offered_model(shared, name)
+
+
+def test_the_search_tells_nothing_of_a_model_that_is_not_offered(tiny_folder):
+    pytest.importorskip("gradio")
+    from pointillist.web.search import _for_model
+    from pointillist.web.shared import Shared
+
+    told = [_for_model(Shared(*[None] * 7, models=(), any_model=here), str(tiny_folder)) for here in (True, False)]
+    assert [all(hasattr(each, "choices") for each in fields) for fields in told] == [True, False]

@@ -205,12 +205,11 @@ def latent_grid(latents: torch.Tensor, config: Any) -> Grid:
     Raises:
         TypeError: they are something else, or the config says nothing of patches: the family must define `tokens`.
     """
-    size = getattr(config, "patch_size", None)
-    known = isinstance(size, int) or (isinstance(size, list | tuple) and len(size) == 3)
-    if latents.ndim not in (4, 5) or not known:
+    size: Any = getattr(config, "patch_size", None)
+    patch = (getattr(config, "patch_size_t", None) or 1, size, size) if isinstance(size, int) else tuple(size or ())
+    if latents.ndim not in (4, 5) or len(patch) != 3:
         raise TypeError(
             f"how tokens follow from latents {list(latents.shape)} is not known: define tokens() in the model's family"
         )
-    patch = (getattr(config, "patch_size_t", None) or 1, size, size) if isinstance(size, int) else tuple(size or ())
     frames, height, width = latents.shape[2:] if latents.ndim == 5 else (1, *latents.shape[2:])
     return frames // patch[0], height // patch[1], width // patch[2]
