@@ -9,6 +9,9 @@ import decode_cases
 from jobs import run_job
 from pointillist.accel.parallel.decode import CONTEXT, SEAM, parts_of
 
+ROUNDING = 1e-5
+"""Of pictures from -1 to 1: convolutions of another length, or with more threads, add up in another order."""
+
 
 @pytest.mark.parametrize(("processes", "context"), [(2, 12), (3, 5), (4, 12), (8, 1), (2, 0)])
 def test_every_frame_is_of_one_process_and_has_its_context(processes, context):
@@ -44,13 +47,14 @@ def test_two_processes_decode_what_one_decodes(made, in_one_pass):
     pictures, lengths, notes = made["12"]
     assert lengths == [22] and notes == [] and pictures.shape == in_one_pass.shape
     first, second = itertools.pairwise([0, 1 + 21 * 4, pictures.shape[2]])
-    assert torch.equal(pictures[:, :, slice(*first)], in_one_pass[:, :, slice(*first)])
-    assert 0 < float((pictures - in_one_pass)[:, :, slice(*second)].abs().max()) < SEAM
+    apart = (pictures - in_one_pass).abs()
+    assert float(apart[:, :, slice(*first)].max()) < ROUNDING
+    assert ROUNDING < float(apart[:, :, slice(*second)].max()) < SEAM
 
 
 def test_neighbours_that_do_not_agree_at_a_seam_decode_in_one_pass(made, in_one_pass):
     pictures, lengths, notes = made["1"]
-    assert lengths == [17, 33] and torch.equal(pictures, in_one_pass)
+    assert lengths == [17, 33] and float((pictures - in_one_pass).abs().max()) < ROUNDING
     assert notes == ["decoded in one pass: the pictures of parts did not agree at their seams"]
 
 
