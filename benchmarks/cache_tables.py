@@ -19,7 +19,7 @@ from pointillist import defaults, load_pipeline
 from pointillist.accel.step_cache.table import FOLDER, CacheTable
 from pointillist.hardware import detect
 from pointillist.metrics import compare
-from pointillist.pipelines.generate import run_once
+from pointillist.pipelines.run import run_once
 
 RESULTS = Path(__file__).parent / "results"
 PROMPTS = ("a red circle moving left on black", "a green square moving right on gray")

@@ -31,7 +31,8 @@ from pointillist.accel.schedule import Schedule
 from pointillist.files import write_whole
 from pointillist.hardware import detect
 from pointillist.metrics import compare
-from pointillist.pipelines.load import defaults, load_pipeline
+from pointillist.pipelines.call import defaults
+from pointillist.pipelines.load import load_pipeline
 from pointillist.pipelines.video import Clip, write_clips
 
 RESULTS = Path(__file__).parent / "results" / "composition_cpu.json"

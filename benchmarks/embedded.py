@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 from pointillist.hardware import detect
-from pointillist.pipelines.generate import GenerateRequest, describe, prepare, run_once
+from pointillist.pipelines.generate import GenerateRequest, describe, prepare
+from pointillist.pipelines.run import run_once
 
 PROMPTS = (
     "a red circle moving left on black",

@@ -10,8 +10,9 @@ if TYPE_CHECKING:
     from pointillist.accel.accelerate import accelerate
     from pointillist.accel.conflicts import AccelerateError
     from pointillist.accel.plan import Plan, PlanError
+    from pointillist.pipelines.call import defaults
     from pointillist.pipelines.generate import generate
-    from pointillist.pipelines.load import defaults, load_pipeline
+    from pointillist.pipelines.load import load_pipeline
     from pointillist.pipelines.repaint import repaint
     from pointillist.pipelines.search import find_plan
 
@@ -26,7 +27,7 @@ _HOMES = {
     "Plan": "pointillist.accel.plan",
     "PlanError": "pointillist.accel.plan",
     "accelerate": "pointillist.accel.accelerate",
-    "defaults": "pointillist.pipelines.load",
+    "defaults": "pointillist.pipelines.call",
     "find_plan": "pointillist.pipelines.search",
     "generate": "pointillist.pipelines.generate",
     "load_pipeline": "pointillist.pipelines.load",

@@ -94,7 +94,7 @@ def inspect(request: InspectRequest, progress: Progress = silent, load: Load | N
     from pointillist.accel.accelerate import accelerate
     from pointillist.accel.choose_plan import choose_plan
     from pointillist.accel.conflicts import targets_of
-    from pointillist.pipelines.load import takes
+    from pointillist.pipelines.call import takes
 
     check_output(request.output)
     facts = facts_of(request.clip)

@@ -20,7 +20,7 @@ from pointillist.pipelines.video import OutputError, to_pixels
 if TYPE_CHECKING:
     import torch
 
-    from pointillist.pipelines.generate import Run
+    from pointillist.pipelines.run import Run
 
 SUFFIX = ".safetensors"
 SETTINGS = ("model", "prompt", "negative_prompt", "seed", "steps", "frames", "width", "height", "guidance", "request")

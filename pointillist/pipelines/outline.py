@@ -10,7 +10,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from pointillist.pipelines.load import EMBEDDED_FRAMES, EMBEDDED_SIDES, ModelError, defaults, is_embedded, source_of
+from pointillist.pipelines.call import EMBEDDED_FRAMES, EMBEDDED_SIDES, defaults
+from pointillist.pipelines.load import ModelError, is_embedded, source_of
 
 LEAST_SIDE, MOST_SIDE = 256, 1280
 MOST_FRAMES = 161

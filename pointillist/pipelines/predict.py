@@ -75,7 +75,7 @@ class Predictor:
         from pointillist.accel.choose_plan import choose_plan, with_caching, with_regions
         from pointillist.accel.conflicts import Setup, check_setup, targets_of
         from pointillist.accel.step_cache.policy import Caching
-        from pointillist.pipelines.load import call_of
+        from pointillist.pipelines.call import call_of
 
         outline = outline_of(request.model)
         asked = {"width": request.width, "height": request.height, "num_frames": request.frames,

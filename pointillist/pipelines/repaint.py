@@ -29,11 +29,10 @@ from pointillist.pipelines.generate import (
     Load,
     prepare,
     rounded,
-    run_accelerated,
-    run_once,
 )
 from pointillist.pipelines.kept import SETTINGS, Kept, check_kept_file, load_kept, save_kept
 from pointillist.pipelines.mask import read_mask, soft_edge, tokens_touched
+from pointillist.pipelines.run import run_accelerated, run_once
 from pointillist.pipelines.video import (
     Clip,
     OutputError,
@@ -92,7 +91,7 @@ def repaint(request: RepaintRequest, progress: Progress = silent, load: Load | N
     Raises:
         ValueError, AccelerateError, ModelError, OutputError: one sentence on what was given and allowed.
     """
-    from pointillist.pipelines.load import check_can_be_repainted
+    from pointillist.pipelines.call import check_can_be_repainted
 
     for path in filter(None, (request.output, request.keep)):
         check_output(path)

@@ -243,7 +243,7 @@ def find_cache_table(
     Raises:
         SearchError, AccelerateError, ValueError: what does not fit.
     """
-    from pointillist.pipelines.load import call_of
+    from pointillist.pipelines.call import call_of
     from pointillist.search.cache_table import Learning, learn_table
 
     prompts = shipped_prompts(pipe) if prompts is None else prompts
@@ -274,7 +274,7 @@ def find_cache_curves(
     Raises:
         SearchError, AccelerateError, ValueError: what does not fit.
     """
-    from pointillist.pipelines.load import call_of
+    from pointillist.pipelines.call import call_of
     from pointillist.search.cache_curves import calibrate_cache
 
     prompts = shipped_prompts(pipe)[:CLIPS] if prompts is None else prompts
@@ -310,7 +310,7 @@ def prepare_search(
 def study_of(pipe: Any, prompts: tuple[str, ...], **call: Any) -> Study:
     """What is measured of a pipeline. Raises ValueError and AccelerateError for what cannot be searched."""
     from pointillist.accel.conflicts import targets_of
-    from pointillist.pipelines.load import call_of
+    from pointillist.pipelines.call import call_of
     from pointillist.search.candidates import TAILS, candidates
     from pointillist.search.errors import SearchError
     from pointillist.search.study import Study

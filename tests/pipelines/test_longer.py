@@ -8,8 +8,9 @@ from diffusers.models.embeddings import get_1d_rotary_pos_embed
 from conftest import make_transformer
 from pointillist.accel.patterns.geometry import Places
 from pointillist.accel.patterns.tile import Tile
+from pointillist.pipelines.call import check_size
 from pointillist.pipelines.generate import GenerateRequest, generate
-from pointillist.pipelines.load import check_size, load_pipeline
+from pointillist.pipelines.load import load_pipeline
 from pointillist.pipelines.longer import keep_positions_in_range, linear_plan, note_on_length, positions
 
 

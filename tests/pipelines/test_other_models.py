@@ -12,9 +12,10 @@ from families import Family
 from families.parts import WIDTH
 from pointillist.metrics import compare
 from pointillist.pipelines.again import facts_of, request_of
+from pointillist.pipelines.call import call_of, makes_images
 from pointillist.pipelines.events import Step
 from pointillist.pipelines.generate import GenerateRequest, generate
-from pointillist.pipelines.load import call_of, load_pipeline, makes_images
+from pointillist.pipelines.load import load_pipeline
 from pointillist.pipelines.outline import outline_of
 from pointillist.pipelines.video import read_clip, read_settings
 
