@@ -393,6 +393,7 @@ def _regions(
     if plan is None or plan.regions is None:
         return {}
     runtime.keeps_how = plan.regions.keeps(max(len(each.family.sites(each.transformer)) for each in targets))
+    runtime.kept_steps = plan.regions.kept_steps
     return {
         each.name: RegionSampling(plan.regions, runtime, each.name, each.family, each.transformer, branches)
         for each in targets

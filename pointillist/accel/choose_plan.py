@@ -8,6 +8,7 @@ from pointillist.accel import plans
 from pointillist.accel.conflicts import AccelerateError, Target
 from pointillist.accel.plan import Plan, PlanError, Table
 from pointillist.accel.regions.policy import EASY, Regions, RegionsError
+from pointillist.accel.schedule import Schedule
 from pointillist.accel.step_cache.policy import Caching, CachingError
 from pointillist.accel.step_cache.table import CacheTable, CacheTableError, is_table, table_of
 
@@ -83,7 +84,8 @@ def with_caching(choice: Choice, wish: Caching | CacheTable | str | None, target
     if not isinstance(caching, Caching):
         caching = None
     if plan is not None and (caching is None or caching.decider != "schedule"):
-        plan = replace(plan, cache=caching, schedule=replace(plan.schedule, computed=()))
+        regions = plan.regions if plan.schedule.region_from else None
+        plan = replace(plan, cache=caching, regions=regions, schedule=_all_computed(plan.schedule))
     if caching is not None and caching.decider == "schedule" and (plan is None or not plan.schedule.computed):
         raise AccelerateError("cache='schedule' follows a plan's schedule, and this plan's has no cached steps")
     return replace(choice, plan=plan, caching=caching, table=table)
@@ -103,17 +105,23 @@ def with_regions(choice: Choice, wish: Regions | str | None) -> Choice:
     if wish in (None, "none"):
         if plan is None or plan.regions is None:
             return choice
-        return replace(choice, plan=replace(plan, regions=None, schedule=replace(plan.schedule, region_from=0.0)))
+        return replace(
+            choice, plan=replace(plan, regions=None, schedule=replace(plan.schedule, region_from=0.0, region_after=()))
+        )
     try:
         regions, steps = (wish, EASY) if isinstance(wish, Regions) else Regions.parse(str(wish))
         plan = Plan.uniform("dense", 1.0) if plan is None else plan
-        if isinstance(wish, Regions) and plan.schedule.region_from:
+        if isinstance(wish, Regions) and plan.regions is not None:
             steps = {}  # the plan's
         elif plan.schedule.computed:
-            plan = replace(plan, cache=None, schedule=replace(plan.schedule, computed=()))
+            plan = replace(plan, cache=None, schedule=_all_computed(plan.schedule))
         return replace(choice, plan=replace(plan, regions=regions, schedule=replace(plan.schedule, **steps)))
     except (RegionsError, PlanError) as error:
         raise AccelerateError(str(error)) from error
+
+
+def _all_computed(schedule: Schedule) -> Schedule:
+    return replace(schedule, computed=(), region_after=())
 
 
 def shipped_plans() -> list[Plan]:

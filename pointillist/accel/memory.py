@@ -75,6 +75,7 @@ def region_bytes(
     itemsize: int,
     latents: int,
     sparse: bool = False,
+    steps: int = 1,
 ) -> int:
     """What region sampling keeps of one transformer.
 
@@ -83,13 +84,16 @@ def region_bytes(
         chosen: of the tokens, so many are computed.
         latents: how many numbers the clips' latents are.
         sparse: whether region steps follow the pairs of sparse ones; then each token's block is kept, by head.
+        steps: keys and values of so many are kept.
     """
     width = heads * head_dim
     numbers = sum({"full": 2 * itemsize, "input": itemsize, "fp8": 2, "none": 0}[how] for how in layers)
     scales = 2 * 4 * heads * layers.count("fp8")
     blocks = 8 * heads * tokens * (len(layers) - layers.count("none")) if sparse else 0
     rotary = 2 * 4 * tokens * head_dim if "input" in layers else 0
-    of_branch = batch * (numbers * tokens * width + scales + blocks) + rotary + itemsize * latents  # and the velocity
+    of_branch = (
+        batch * (steps * (numbers * tokens * width + scales) + blocks) + rotary + itemsize * latents
+    )  # and the velocity
     shared = 2 * 4 * latents + batch * (3 * 4 * tokens + 8 * chosen)  # of the step before; importance, ages, choice
     return branches * of_branch + shared
 

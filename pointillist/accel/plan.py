@@ -333,7 +333,7 @@ def _check(plan: Plan) -> None:
         raise PlanError(f"regions is {plan.regions!r:.200}; it must be a Regions, or nothing")
     if plan.regions is not None and plan.hoist:
         raise PlanError("regions take tokens in the order of the grid, so hoist must be empty")
-    if plan.schedule.region_from and plan.regions is None:
+    if (plan.schedule.region_from or plan.schedule.region_after) and plan.regions is None:
         raise PlanError("the schedule has region steps; regions must say which tokens they compute")
     if plan.schedule.computed and plan.cache is not None and plan.cache.decider != "schedule":
         raise PlanError(f"the schedule says which steps are cached, and so does the cache {plan.cache}; take one away")
@@ -352,11 +352,14 @@ def _check_schedule(schedule: Schedule) -> None:
         value = getattr(schedule, name)
         if not _is_number(value) or not 0 <= value <= 1:
             raise PlanError(f"{name} is {value!r}; it must be a number from 0 to 1")
-    points = schedule.computed
-    if not isinstance(points, tuple) or len(points) > MAX_STEPS:
-        raise PlanError(f"computed is {points!r:.200}; it must hold at most {MAX_STEPS} numbers")
-    if not all(_is_number(point) and 0 <= point <= 1 for point in points):
-        raise PlanError(f"computed is {points!r:.200}; it must hold numbers from 0 to 1")
+    for name in ("computed", "region_after"):
+        points = getattr(schedule, name)
+        if not isinstance(points, tuple) or len(points) > MAX_STEPS:
+            raise PlanError(f"{name} is {points!r:.200}; it must hold at most {MAX_STEPS} numbers")
+        if not all(_is_number(point) and 0 <= point <= 1 for point in points):
+            raise PlanError(f"{name} is {points!r:.200}; it must hold numbers from 0 to 1")
+    if not set(schedule.region_after) <= set(schedule.computed):
+        raise PlanError(f"region_after is {schedule.region_after}; it must hold numbers of computed")
 
 
 def _check_stages(stages: tuple[Stage, ...]) -> None:
@@ -401,7 +404,8 @@ def _check_options(pattern: str, options: Any) -> None:
 
 def _schedule_from(values: Any) -> Schedule:
     values = _only_fields(Schedule, values, "schedule")
-    return Schedule(**{**values, "computed": tuple(values.get("computed", ()))})
+    points = {name: tuple(values.get(name, ())) for name in ("computed", "region_after")}
+    return Schedule(**{**values, **points})
 
 
 def _caching_from(values: Any) -> Caching:

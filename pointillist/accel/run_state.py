@@ -54,6 +54,12 @@ class RunState:
         self._done += 1
 
     @property
+    def sigma(self) -> float:
+        """Of the running step."""
+        assert self.step is not None, "outside of a generation there is no step"
+        return self.sigmas[self.step]
+
+    @property
     def grid(self) -> Grid | None:
         """Token grid of the running call, None between calls."""
         return None if self.tokens is None else self.tokens.grid

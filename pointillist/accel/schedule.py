@@ -22,6 +22,9 @@ class Schedule:
     computed: tuple[float, ...] = ()
     """The transformer is computed at the steps next to these sigmas, at others what it gave is reused; none named: it
     is computed at every step. More steps are then as many computed ones, and as good."""
+    region_after: tuple[float, ...] = ()
+    """Behind the steps next to these of the `computed` sigmas, a part of the tokens is updated up to the next computed
+    one; behind others what they gave is reused."""
     region_from: float = 0.0
     """Computed steps after the dense ones whose sigma is at most this share of the first one's update a part of the
     tokens; 0 is none."""
@@ -46,14 +49,19 @@ class Schedule:
 @lru_cache(maxsize=256)
 def kinds(schedule: Schedule, sigmas: tuple[float, ...]) -> tuple[str, ...]:
     """The kinds of all steps."""
-    computed = _computed(schedule, sigmas)
+    computed, region_after = (_next_to(points, sigmas) for points in (schedule.computed, schedule.region_after))
+    if computed:
+        computed |= {0}
+    last = 0  # computed step
     after, in_region = 0, 0  # computed steps after the first dense ones; those of them in the range of regions
     found = []
     for step, sigma in enumerate(sigmas):
         share = sigma / sigmas[0]
-        if step not in computed:
-            found.append("cached")
-        elif step < schedule.dense_steps or share > schedule.dense_above:
+        if computed and step not in computed:
+            found.append("region" if last in region_after else "cached")
+            continue
+        last = step
+        if step < schedule.dense_steps or share > schedule.dense_above:
             found.append("dense")
         else:
             after += 1
@@ -65,9 +73,7 @@ def kinds(schedule: Schedule, sigmas: tuple[float, ...]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _computed(schedule: Schedule, sigmas: tuple[float, ...]) -> frozenset[int]:
-    if not schedule.computed:
-        return frozenset(range(len(sigmas)))
+def _next_to(points: tuple[float, ...], sigmas: tuple[float, ...]) -> frozenset[int]:
+    """The steps whose shares of the first sigma are nearest to some points."""
     shares = [sigma / sigmas[0] for sigma in sigmas]
-    next_to = (min(range(len(shares)), key=lambda step: abs(shares[step] - point)) for point in schedule.computed)
-    return frozenset([0, *next_to])
+    return frozenset(min(range(len(shares)), key=lambda step: abs(shares[step] - point)) for point in points)

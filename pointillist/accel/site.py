@@ -44,10 +44,14 @@ class Runtime:
         """int64 [B, n]: the tokens that the running call computes; None is all."""
         self.keeps_keys = False
         """Whether a later step computes a part of the tokens only, and needs the keys of this one."""
+        self.before_region = False
+        """Whether the next step is such a one, so that this one must be computed."""
         self.agreement: Any = None
         """The `parallel.agreement.Agreement` of the processes that share the video; None where there is one."""
         self.keeps_how: tuple[str, ...] = ()
         """By layer: see `Regions.keys`."""
+        self.kept_steps = 1
+        """Keys and values of so many are kept."""
         self.only_keys = False
         """Whether the running call of an attention module is for its keys and values alone."""
         self._wish = backend
@@ -136,7 +140,7 @@ class Site:
             )
         record.heads = q.shape[2]
         if self._runtime.only_keys:
-            keys.keep(self._keys(), k, v, "full")
+            keys.keep(self._keys(), k, v, "full", state.sigma, 1)
             return torch.empty_like(q)
         start, density = now(q.device), None
         self._count_entry()
@@ -162,7 +166,8 @@ class Site:
             found, density = self._sparse(plan, groups, self._call(plan, groups, lies, q, k, v, scale))
             out = found if self.ring is not None else lies.back(found, q.shape[1])
         if self._runtime.keeps_keys:
-            keys.keep(self._keys(), k, v, self._runtime.keeps_how[self._layer])
+            how = self._runtime.keeps_how[self._layer]
+            keys.keep(self._keys(), k, v, how, state.sigma, self._runtime.kept_steps)
         record.calls.append(AttentionCall(self.name, state.branch, state.step, density, start, now(q.device)))
         if self._runtime.observer is not None:
             instead = self._runtime.observer(self.name, state.branch, state.step, q, k, v, out)
@@ -229,8 +234,8 @@ class Site:
         memory, plan = self._keys(), self._runtime.plan
         if "k" not in memory:  # none are kept: these tokens see each other
             return self._dense(q, k, v, scale, mask)
-        lies, rows = self._places(rows, memory["k"].shape[1])
-        every_k, every_v = keys.renewed(memory, rows, k, v)
+        lies, rows = self._places(rows, keys.length(memory))
+        every_k, every_v = keys.renewed(memory, rows, k, v, self._runtime.state.sigma, self._runtime.kept_steps)
         assert plan is not None, "regions are a plan's"
         if mask is not None:  # of text beside the video; every other token of it is seen
             shown = mask[:, 0, 0].expand(len(rows), -1)

@@ -1,7 +1,7 @@
 """From what was recorded to plans: for every time budget the plan with the least predicted error."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -9,12 +9,14 @@ import numpy as np
 import torch
 
 from pointillist.accel.plan import Plan, Rule, Stage, Table
+from pointillist.accel.regions.policy import Regions
 from pointillist.accel.schedule import Schedule
 from pointillist.accel.step_cache.policy import Caching
 from pointillist.accel.tiles import Grid
 from pointillist.search.assign import OverBudget, Problem, assign, at_price
-from pointillist.search.cost_model import CostModel
+from pointillist.search.cost_model import CostModel, RuleCost
 from pointillist.search.profile import Profile
+from pointillist.search.region_errors import SHARE
 from pointillist.search.reuse import Reuse
 from pointillist.search.site_call import SiteShape
 from pointillist.search.study import Study
@@ -54,6 +56,8 @@ class Choice:
     """Of the computed steps after the first dense ones, every n-th is dense; 0 is none."""
     computed: tuple[int, ...]
     """The steps that are computed; none named: all are."""
+    region_after: tuple[int, ...]
+    """Behind these of them a part of the tokens is computed, up to the next one; else the steps between reuse."""
     chosen: np.ndarray
     """int64 [stages, layers, heads]: candidates by number."""
     error: float
@@ -70,7 +74,9 @@ class Choice:
 
     def same_as(self, other: "Choice") -> bool:
         """Whether both are one plan."""
-        mine, others = ((each.tail, each.residual, each.every, each.computed) for each in (self, other))
+        mine, others = (
+            (each.tail, each.residual, each.every, each.computed, each.region_after) for each in (self, other)
+        )
         return mine == others and np.array_equal(self.chosen, other.chosen)
 
 
@@ -86,16 +92,16 @@ class Choices:
         dense: DenseTimes,
         sigmas: tuple[float, ...],
         stages: bool = False,
-        reuse: Mapping[int, Reuse] | None = None,
+        reuse: tuple[Reuse, ...] = (),
     ) -> None:
         """
         Args:
             weights: [buckets, layers], mean squared error of the clip for each squared relative error of a site's.
             sigmas: of the study's steps, noisiest first.
             stages: choose anew for every step bucket; else one table serves all sparse steps.
-            reuse: by number of computed steps, where steps may reuse what others gave.
+            reuse: schedules, where steps may reuse what others gave.
         """
-        self._reuse = dict(reuse or {})
+        self._reuse = reuse
         self.study, self.profile, self.weights, self.model, self.dense = study, profile, weights, model, dense
         self._sigmas = sigmas
         self._shape = shape_of(study, profile)
@@ -106,6 +112,7 @@ class Choices:
         # what dense steps among the sparse ones are worth is known of the residual, not of patterns that learn anew
         self._periods = periods(study) if self._residual else (0,)
         self._problems: dict[tuple[str, Timeline], Problem] = {}
+        self._known_costs: dict[str, tuple[list[RuleCost], float]] = {}
 
     @property
     def reuses(self) -> bool:
@@ -136,11 +143,14 @@ class Choices:
         schedules: list[tuple[Timeline, Reuse | None]] = [
             (timeline(self.study, every), None) for every in self._periods
         ]
-        for each in self._reuse.values():
+        for each in self._reuse:
             if len(each.computed) < self.study.steps:
-                schedules += [(timeline(self.study, every, each.computed), each) for every in (0, *REFRESHED)]
-        found = []
-        for steps, reuse in schedules:
+                dense = (0,) if each.region_after else (0, *REFRESHED)
+                schedules += [(timeline(self.study, every, each.computed, each.region_after), each) for every in dense]
+        found: list[tuple[float, str, Timeline, Reuse | None]] = []
+        for steps, reuse in sorted(schedules, key=lambda each: _error(each[1])):
+            if len(found) >= PROMISING and _error(reuse) >= found[PROMISING - 1][0]:
+                break
             budget = self._budget(total - self._other(steps), steps)
             for tail in self.study.tails:
                 problem = self._problem_of(tail, steps)
@@ -148,8 +158,8 @@ class Choices:
                     error = problem.error(assign(problem, ROUGHLY * budget))
                 except OverBudget:
                     continue
-                found.append((error + (0.0 if reuse is None else reuse.error), tail, steps, reuse))
-        found.sort(key=lambda each: each[0])
+                found.append((error + _error(reuse), tail, steps, reuse))
+            found.sort(key=lambda each: each[0])
         return [(tail, steps, reuse) for _, tail, steps, reuse in found[:PROMISING]]
 
     def at_attention(self, seconds: float) -> Choice:
@@ -205,7 +215,7 @@ class Choices:
         """The greatest predicted speed-up of denoising."""
         other = self.dense.other
         if self._reuse:
-            other = self._other(timeline(self.study, 0, self._reuse[min(self._reuse)].computed))
+            other = self._other(timeline(self.study, 0, self._reuse[0].computed))
         try:
             self.at_attention(0.0)
         except OverBudget as error:
@@ -230,8 +240,10 @@ class Choices:
             schedule=Schedule(
                 dense_above=self.share_before(self.study.dense_steps),
                 dense_every=choice.every,
-                computed=tuple(round(self._sigmas[step] / self._sigmas[0], 6) for step in choice.computed),
+                computed=self._shares_of(choice.computed),
+                region_after=self._shares_of(choice.region_after),
             ),
+            regions=Regions(share=SHARE) if choice.region_after else None,
             cache=Caching("schedule", predictor="taylor") if choice.computed else None,
             block=self.study.block,
             break_even=False,
@@ -357,15 +369,7 @@ class Choices:
         errors = np.stack([self._clip_errors(tail, steps, stage) for stage in self.stages])
         stages, layers, heads, _ = errors.shape
         rules, residual = self.study.rules, self._residual
-        costs = [
-            self.model.rule(rule, self._shape, tail=tail, residual=residual, block=self.study.block) for rule in rules
-        ]
-        # what a call costs beside its heads' own shares: what is left of calls whose heads all have one rule
-        alone = [self.site_seconds([rule], tail, residual) for rule in rules]
-        rest = [
-            whole - self._shape.heads * cost.per_head - cost.fixed for whole, cost in zip(alone, costs, strict=True)
-        ]
-        sparse = max(0.0, min(rest[1:]))  # the first rule is dense, whose call is another
+        costs, sparse = self._costs(tail)
         calls, learning = (np.repeat(each, layers).astype(float) for each in self._calls(steps))
         all_calls = calls + (learning if residual else 0)  # the loss is found by one call more
         per_head = np.outer(all_calls, [cost.per_head for cost in costs]) + np.outer(
@@ -375,6 +379,19 @@ class Choices:
         return Problem(
             errors.reshape(stages * layers, heads, -1), per_head, fixed, all_calls * sparse, calls * self.dense_call
         )
+
+    def _costs(self, tail: str) -> tuple[list[RuleCost], float]:
+        """What each rule costs, and what a call costs beside: what is left of calls whose heads all have one rule."""
+        if tail in self._known_costs:
+            return self._known_costs[tail]
+        rules, residual, block = self.study.rules, self._residual, self.study.block
+        costs = [self.model.rule(rule, self._shape, tail=tail, residual=residual, block=block) for rule in rules]
+        alone = [self.site_seconds([rule], tail, residual) for rule in rules]
+        rest = [
+            whole - self._shape.heads * cost.per_head - cost.fixed for whole, cost in zip(alone, costs, strict=True)
+        ]
+        self._known_costs[tail] = costs, max(0.0, min(rest[1:]))  # the first rule is dense, whose call is another
+        return self._known_costs[tail]
 
     def _prepare(self, rule: Rule) -> float:
         """Seconds that a head with it adds to a dense step that sparse ones learn from."""
@@ -400,10 +417,10 @@ class Choices:
     def _choice(
         self, tail: str, steps: Timeline, problem: Problem, chosen: np.ndarray, reuse: Reuse | None = None
     ) -> Choice:
-        computed, lost = (reuse.computed, reuse.error) if reuse is not None else ((), 0.0)
+        computed, after = (reuse.computed, reuse.region_after) if reuse is not None else ((), ())
         shape = (len(self.stages), self.study.layers, -1)
-        error = problem.error(chosen) + lost
-        choice = Choice(tail, self._residual, steps.every, computed, chosen.reshape(shape), error, 0.0, 0.0)
+        error = problem.error(chosen) + _error(reuse)
+        choice = Choice(tail, self._residual, steps.every, computed, after, chosen.reshape(shape), error, 0.0, 0.0)
         attention = self.attention_seconds(choice)
         kept = np.array([rule.kept for rule in self.study.rules])[choice.chosen]
         calls = self._calls(steps)[0]
@@ -412,11 +429,11 @@ class Choices:
         return replace(choice, speedup=total / (attention + self._other(steps)), density=density)
 
     def _steps(self, choice: Choice) -> Timeline:
-        return timeline(self.study, choice.every, choice.computed)
+        return timeline(self.study, choice.every, choice.computed, choice.region_after)
 
     def _other(self, steps: Timeline) -> float:
         """Seconds beside attention: reused steps have only what stands around the blocks."""
-        share = steps.computed / self.study.steps
+        share = (steps.computed + SHARE * steps.regions) / self.study.steps
         return self.dense.other * (share + REUSED * (1 - share))
 
     @property
@@ -425,7 +442,12 @@ class Choices:
         return self.dense.attention / (self.study.steps * self.profile.branches * self.study.layers * self.dense_call)
 
     def _dense_steps_seconds(self, steps: Timeline) -> float:
-        return steps.dense * self.profile.branches * self.study.layers * self.dense_call
+        """With region steps, which attend densely from a part of the tokens."""
+        whole = steps.dense + SHARE * steps.regions
+        return whole * self.profile.branches * self.study.layers * self.dense_call
+
+    def _shares_of(self, steps: tuple[int, ...]) -> tuple[float, ...]:
+        return tuple(round(self._sigmas[step] / self._sigmas[0], 6) for step in steps)
 
     def share_before(self, step: int) -> float:
         """A share of the first sigma between those of a step and the one before it."""
@@ -438,6 +460,10 @@ def shape_of(study: Study, profile: Profile) -> SiteShape:
     """Of one attention call: both guidance branches are in it where they do not come one after the other."""
     batch = 1 if profile.branches > 1 or study.call.get("guidance_scale", 1) <= 1 else 2
     return SiteShape(profile.grid, batch, study.heads, study.head_dim)
+
+
+def _error(reuse: Reuse | None) -> float:
+    return 0.0 if reuse is None else reuse.error
 
 
 def _row(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:

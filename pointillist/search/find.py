@@ -24,6 +24,8 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors.torch import save as to_safetensors
 
+from pointillist.accel.conflicts import AccelerateError
+from pointillist.accel.memory import MemoryRefusedError
 from pointillist.accel.plan import Plan
 from pointillist.hardware import machine_name
 from pointillist.hardware.profile import HardwareProfile
@@ -44,7 +46,8 @@ from pointillist.search.profile import (
     write,
 )
 from pointillist.search.record import Point, SearchRecord
-from pointillist.search.reuse import Reuse, best_reuse
+from pointillist.search.region_errors import region_curvature
+from pointillist.search.reuse import Recorded, Reuse, schedules
 from pointillist.search.sensitivity import REFERENCE, TAIL, Playback, bucket_errors, record_playback
 from pointillist.search.study import Study
 from pointillist.search.verify import Clip, Measured, against, clip
@@ -156,8 +159,10 @@ class Search:
         if playback is None:
             playback = record_playback(self.pipe, self.study, told("a dense clip"))
         errors = bucket_errors(self.pipe, self.study, playback, told("how much errors of its steps move a clip"))
+        regions, why = self._region_curvature(playback, told("what steps lose that compute a part of the tokens"))
         facts = {
             "seconds": playback.seconds, "machine": self.machine, "flops": playback.flops, "sigmas": playback.sigmas,
+            "no regions": why,
         }  # fmt: skip
         velocities = playback.velocities(self.study)
         clips, latents = zip(*errors, strict=True)
@@ -165,7 +170,16 @@ class Search:
             "errors": torch.tensor(clips), "latent errors": torch.tensor(latents),
             "velocities": (velocities @ velocities.T).double() / velocities.shape[1],
         }  # fmt: skip
+        if regions is not None:
+            tensors["region curvature"] = torch.from_numpy(regions)
         write(self._weights_file, to_safetensors(tensors, {"dense": json.dumps(facts)}))
+
+    def _region_curvature(self, playback: Playback, stepped: Callable[[int], None]) -> tuple[np.ndarray | None, str]:
+        """None where there can be no region steps, and why."""
+        try:
+            return region_curvature(self.pipe, self.study, playback, stepped), ""
+        except (AccelerateError, MemoryRefusedError) as error:
+            return None, str(error)
 
     @property
     def _weights_file(self) -> Path:
@@ -189,14 +203,15 @@ class Search:
         elif runs is not None and facts["machine"] == self.machine:
             times = DenseTimes(times.attention, max(0.0, facts["seconds"] - times.attention))
         sigmas = tuple(facts["sigmas"])
-        reuse = self._reuse_of(tensors, sigmas) if self.reuse else {}
+        reuse = self._schedules(tensors, sigmas) if self.reuse else ()
         return Choices(self.study, profile, weights, model, times, sigmas, self.stages, reuse)
 
-    def _reuse_of(self, tensors: dict[str, torch.Tensor], sigmas: tuple[float, ...]) -> dict[int, Reuse]:
-        """Schedules of reused steps, for every number of computed ones."""
+    def _schedules(self, tensors: dict[str, torch.Tensor], sigmas: tuple[float, ...]) -> tuple[Reuse, ...]:
+        """Of steps that reuse what others computed, or compute a part of the tokens."""
         felt = (tensors["errors"] / tensors["latent errors"].clamp(min=1e-30)).double().numpy()
         buckets = np.searchsorted(self.study.edges[1:], range(self.study.steps), side="right").clip(max=len(felt) - 1)
-        return best_reuse(tensors["velocities"].double().numpy(), sigmas, felt[buckets])
+        curvature = tensors["region curvature"].numpy() if "region curvature" in tensors else None
+        return schedules(Recorded(tensors["velocities"].double().numpy(), sigmas, felt[buckets], curvature))
 
     def _found(
         self,
@@ -215,6 +230,7 @@ class Search:
             "model": self.study.model, "prompts": len(self.study.prompts), "held-out prompts": len(runs.prompts),
             "steps": self.study.steps, "dense steps": self.study.dense_steps, "then dense every": chosen.every,
             "computed steps": list(chosen.computed) or self.study.steps,
+            "then a part of the tokens": list(chosen.region_after),
             "candidates": len(self.study.rules),
             "tokens": math.prod(choices.profile.grid), "grid": list(choices.profile.grid), "wish": str(wish),
             "hardware": hardware.name, "seed": self.study.seed, "dtype": self.study.dtype,
@@ -412,6 +428,7 @@ def _point(choice: Choice, measured: Measured | None, more: float, here: bool, c
 
 def _named(choice: Choice) -> str:
     steps = f", {len(choice.computed)} steps computed" if choice.computed else ""
+    steps += ", then regions" if choice.region_after else ""
     return f"density {choice.density:.2f}{steps}"
 
 

@@ -167,12 +167,22 @@ def settings(plan: Plan) -> list[tuple[str, str]]:
         ("blocks", f"up to {plan.block} tokens"),
     ]
     if schedule.computed:
-        rows.append(("reused steps", f"all but {len(schedule.computed)} sigmas"))
+        rows.append(
+            (
+                "reused steps",
+                f"all but {len(schedule.computed)} sigmas and those of regions"
+                if schedule.region_after
+                else f"all but {len(schedule.computed)} sigmas",
+            )
+        )
     if plan.cache is not None:
         rows.append(("cache", str(plan.cache)))
     if plan.regions is not None:
-        steps = f"from {schedule.region_from:.3g} to {schedule.region_to:.3g} of the first sigma"
-        rows.append(("regions", f"{plan.regions}, {steps}, all in 1 of {schedule.region_every} steps"))
+        steps = f"behind {len(schedule.region_after)} of the computed sigmas"
+        if schedule.region_from:
+            steps = f"from {schedule.region_from:.3g} to {schedule.region_to:.3g} of the first sigma"
+            steps += f", all in 1 of {schedule.region_every} steps"
+        rows.append(("regions", f"{plan.regions}, {steps}"))
     if plan.quantized != "none":
         rows.append(("quantized", plan.quantized))
     if plan.hoist:

@@ -1,36 +1,79 @@
-"""Which steps to compute, if others reuse what they gave: for every number of computed steps, those with least error.
+"""Which steps to compute, if others reuse what they gave or compute a part of the tokens: for every number of computed
+steps, those with least error.
 
 A reused step's velocity is a straight line through those of the last two computed steps. Of a recorded dense run all
-inner products of velocities are known, so the error of any such line is known without running the model. Errors of
-steps point the same way for the most part, so their lengths are added up: each times how far the latents go in the step
-and how much the clip feels it. That sum is least along a shortest path over pairs of computed steps (the idea of
-LeMiCa's paths, with the predictor taken into account).
+inner products of velocities are known, so the error of any such line is known without running the model. In a region
+step the keys of most tokens are such lines, and that is what it loses. It is known of a run along the dense one; in
+other schedules it changes as the remainder of a line does, with the distances to both steps that the line goes through.
+
+Errors of steps point the same way for the most part, so their lengths are added up: each times how far the latents go
+in the step and how much the clip feels it. That sum is least along a shortest path over pairs of computed steps (the
+idea of LeMiCa's paths, with the predictor taken into account).
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
+
+LONGEST = 3
+"""So many region steps in a row at most: what a line loses further on was not measured."""
+PRICES = (0.01, 0.03, 0.1)
+"""What a region step is taken to cost, in the error of the schedule that computes half of the steps: each gives other
+schedules."""
 
 
 @dataclass(frozen=True)
 class Reuse:
-    """Some steps are computed, what they gave is reused by the others."""
+    """Some steps are computed; the others reuse what they gave, or compute a part of the tokens."""
 
     computed: tuple[int, ...]
     error: float
     """Predicted mean squared error of the clip."""
+    region_after: tuple[int, ...] = ()
+    """Behind these computed steps a part of the tokens is computed, up to the next computed one."""
 
 
-def best_reuse(products: np.ndarray, sigmas: tuple[float, ...], felt: np.ndarray) -> dict[int, Reuse]:
+@dataclass(frozen=True)
+class Recorded:
+    """What is known of a dense run."""
+
+    products: np.ndarray
+    """float64 [steps, steps], mean products of the guided velocities of every two steps."""
+    sigmas: tuple[float, ...]
+    """Of the steps."""
+    felt: np.ndarray
+    """[steps], mean squared error of the clip for each of the latents, by step."""
+    curvature: np.ndarray | None = None
+    """[steps]: what a region step loses (root mean square of the velocity) for each product of the distances to the two
+    sigmas whose keys its line goes through; None: there are no region steps."""
+
+
+def schedules(recorded: Recorded) -> tuple[Reuse, ...]:
+    """The best schedules of each number of computed steps: without region steps, then with."""
+    found = list(best_reuse(recorded).values())
+    if recorded.curvature is None:
+        return tuple(found)
+    scale = float(np.sqrt(found[len(found) // 2].error))
+    for price in PRICES:
+        found += [each for each in best_reuse(recorded, price * scale).values() if each.region_after]
+    return tuple(dict.fromkeys(found))
+
+
+def best_reuse(recorded: Recorded, price: float | None = None) -> dict[int, Reuse]:
     """The best schedule for each number of computed steps, from 2 to all; the first step is always one of them.
 
     Args:
-        products: float64 [steps, steps], mean products of the guided velocities of every two steps.
-        sigmas: of the steps.
-        felt: [steps], mean squared error of the clip for each of the latents, by step.
+        price: what each region step adds to the root of the error; None: there are none.
     """
-    steps = len(sigmas)
-    costs = _costs(products, np.array(sigmas), felt)  # [before, last, next]
+    steps = len(recorded.sigmas)
+    lost = _lost(recorded)
+    costs, in_part = lost, np.zeros(lost.shape, dtype=bool)
+    if price is not None:
+        regions = _lost_in_regions(recorded)
+        priced = regions + price * _between(steps)
+        in_part = priced < lost
+        costs = np.minimum(lost, priced)
     # least[before, last]: the least sum up to the computed step `last`, with `before` the computed step before it
     least = np.full((steps, steps), np.inf)
     least[0, 0] = 0.0
@@ -45,15 +88,32 @@ def best_reuse(products: np.ndarray, sigmas: tuple[float, ...], felt: np.ndarray
         path = [int(last), int(before)]
         for known in reversed(trail[1:]):
             path.append(int(known[path[-1], path[-2]]))
-        found[count] = Reuse(tuple(reversed(path)), float(ends.min()) ** 2)
+        computed = tuple(reversed(path))
+        after = [each for each in _segments(computed, steps) if in_part[each]]
+        total = float(ends.min()) - sum((price or 0.0) * (stop - last - 1) for _, last, stop in after)
+        found[count] = Reuse(computed, total**2, tuple(last for _, last, _ in after))
     return found
 
 
-def _costs(products: np.ndarray, sigmas: np.ndarray, felt: np.ndarray) -> np.ndarray:
+def _segments(computed: tuple[int, ...], steps: int) -> list[tuple[int, int, int]]:
+    """Of each computed step: the one before it, itself, and the next."""
+    return [
+        (before, last, stop)
+        for before, (last, stop) in zip((0, *computed[:-1]), pairwise((*computed, steps)), strict=True)
+    ]
+
+
+def _between(steps: int) -> np.ndarray:
+    """[1, steps, steps + 1]: how many steps lie between `last` and `next`."""
+    last, stop = np.arange(steps)[:, None], np.arange(steps + 1)
+    return np.maximum(0, stop - last - 1)[None]
+
+
+def _lost(recorded: Recorded) -> np.ndarray:
     """[steps, steps, steps + 1]: the root of the clip's error if the steps between `last` and `next` continue the line
     through `before` and `last`; `before` = `last` continues the value. Infinite where these are not in order."""
+    sigmas, products = np.array(recorded.sigmas), recorded.products
     steps = len(sigmas)
-    lengths = -np.diff([*sigmas, 0.0])
     costs = np.full((steps, steps, steps + 1), np.inf)
     for last in range(steps):
         for before in range(last) if last else (0,):
@@ -65,6 +125,28 @@ def _costs(products: np.ndarray, sigmas: np.ndarray, felt: np.ndarray) -> np.nda
                 line[step] = 1.0
                 line[last] -= 1 + slope
                 line[before] += slope
-                total += lengths[step] * float(np.sqrt(max(0.0, felt[step] * (line @ products @ line))))
+                total += _weight(recorded, step) * float(np.sqrt(max(0.0, line @ products @ line)))
                 costs[before, last, step + 1] = total
     return costs
+
+
+def _lost_in_regions(recorded: Recorded) -> np.ndarray:
+    """Likewise, if those steps compute a part of the tokens. Infinite where there are none, or more than `LONGEST`."""
+    assert recorded.curvature is not None, "what region steps lose was not recorded"
+    sigmas, steps = recorded.sigmas, len(recorded.sigmas)
+    costs = np.full((steps, steps, steps + 1), np.inf)
+    for last in range(1, steps):
+        for before in range(last):
+            total = 0.0
+            for step in range(last + 1, min(last + LONGEST, steps - 1) + 1):
+                remainder = (sigmas[last] - sigmas[step]) * (sigmas[before] - sigmas[step])
+                total += _weight(recorded, step) * float(recorded.curvature[step]) * remainder
+                costs[before, last, step + 1] = total
+    return costs
+
+
+def _weight(recorded: Recorded, step: int) -> float:
+    """What the clip feels of an error of a step's velocity: how far the latents go, times how much that is felt."""
+    sigmas = recorded.sigmas
+    length = sigmas[step] - (sigmas[step + 1] if step + 1 < len(sigmas) else 0.0)
+    return length * float(np.sqrt(recorded.felt[step]))

@@ -87,12 +87,16 @@ class Playback:
                 steps.setdefault(step, []).append(output[0])
         return torch.stack([guided(steps[step], study) for step in sorted(steps)])
 
+    def play(self, transformer: str, branch: str, step: int | None, compute: Callable[[], Any]) -> Any:
+        """Interceptor that gives what is remembered, and computes what is not."""
+        known = self._outputs.get((transformer, branch, step))
+        return compute() if known is None else known
+
     def until(self, first: int) -> Callable[[str, str, int | None, Callable[[], Any]], Any]:
         """Interceptor that plays the steps before `first` and computes the others."""
 
         def play(transformer: str, branch: str, step: int | None, compute: Callable[[], Any]) -> Any:
-            known = self._outputs.get((transformer, branch, step)) if step is not None and step < first else None
-            return compute() if known is None else known
+            return self.play(transformer, branch, step, compute) if step is not None and step < first else compute()
 
         return play
 

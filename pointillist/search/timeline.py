@@ -28,7 +28,7 @@ class SparseStep:
     recent: float
     """And so much of what was recorded of the last step's that was looked at."""
     stands_for: int = 1
-    """Itself, and the steps behind it that reuse what it gave."""
+    """Itself, and the steps behind it that reuse what it gave, or most of it."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,9 @@ class Timeline:
     dense: int
     """How many steps are dense."""
     computed: int
-    """How many are computed."""
+    """How many are computed, all tokens of them."""
+    regions: int
+    """In how many a part of the tokens is computed."""
     sparse: tuple[SparseStep, ...]
 
     def calls(self, buckets: tuple[int, ...]) -> int:
@@ -60,10 +62,11 @@ def periods(study: Study) -> tuple[int, ...]:
     return tuple(dict.fromkeys([0, *(every for every in found if steps % every)]))  # the last step needs no other
 
 
-def timeline(study: Study, every: int, computed: tuple[int, ...] = ()) -> Timeline:
-    """Of the study's dense steps and every n-th of the others. `computed` names the steps that are; empty: all are."""
-    shares = tuple((study.steps - step) / study.steps for step in computed)
-    schedule = Schedule(dense_steps=study.dense_steps, dense_every=every, computed=shares)
+def timeline(study: Study, every: int, computed: tuple[int, ...] = (), region_after: tuple[int, ...] = ()) -> Timeline:
+    """Of the study's dense steps and every n-th of the others. `computed` names the steps that are; empty: all are.
+    Behind those of `region_after` a part of the tokens is computed."""
+    shares, after = (tuple((study.steps - step) / study.steps for step in each) for each in (computed, region_after))
+    schedule = Schedule(dense_steps=study.dense_steps, dense_every=every, computed=shares, region_after=after)
     falling = tuple(float(study.steps - step) for step in range(study.steps))
     kinds = [schedule.kind(step, falling) for step in range(study.steps)]
     sparse, before = [], study.calibration_step
@@ -72,12 +75,12 @@ def timeline(study: Study, every: int, computed: tuple[int, ...] = ()) -> Timeli
             if kinds[step] == "sparse":
                 since = max(each for each in range(step) if kinds[each] == "dense")
                 parts = _parts(step - since, middle - before, middle - study.calibration_step)
-                behind = next(
-                    (i for i, kind in enumerate(kinds[step + 1 :]) if kind != "cached"), len(kinds) - step - 1
-                )
+                whole = (i for i, kind in enumerate(kinds[step + 1 :]) if kind in ("dense", "sparse"))
+                behind = next(whole, len(kinds) - step - 1)
                 sparse.append(SparseStep(step, bucket, since, *parts, stands_for=1 + behind))
         before = middle
-    return Timeline(every, kinds.count("dense"), len(kinds) - kinds.count("cached"), tuple(sparse))
+    cached, regions = kinds.count("cached"), kinds.count("region")
+    return Timeline(every, kinds.count("dense"), len(kinds) - cached - regions, regions, tuple(sparse))
 
 
 def _parts(age: int, recent: int, calibrated: int) -> tuple[float, float]:

@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
@@ -12,6 +13,7 @@ from conftest import make_pipe, make_transformer
 from families import Family
 from pointillist import AccelerateError, Plan, PlanError, accelerate, load_pipeline
 from pointillist.accel import memory
+from pointillist.accel.memory import held_bytes
 from pointillist.accel.plan import Schedule
 from pointillist.accel.regions import keys
 from pointillist.accel.regions.choose import aged, importance, tiles_of, tokens_of
@@ -216,15 +218,48 @@ def test_choices_have_one_size_and_are_the_greatest():
 def test_keys_in_eight_bits_are_close_and_rows_exact():
     k, v, rows = torch.randn(2, 9, 3, 16), torch.randn(2, 9, 3, 16), torch.tensor([[0, 4], [8, 2]])
     memory = {}
-    keys.keep(memory, k, v, "fp8")
+    keys.keep(memory, k, v, "fp8", 1.0, 1)
     new_k, new_v = torch.randn(2, 2, 3, 16), torch.randn(2, 2, 3, 16)
-    found_k, found_v = keys.renewed(memory, rows, new_k, new_v)
+    found_k, found_v = keys.renewed(memory, rows, new_k, new_v, 0.5, 1)
     for found, old, new in ((found_k, k, new_k), (found_v, v, new_v)):
         index = rows[:, :, None, None].expand(-1, -1, 3, 16)
         assert torch.equal(found.gather(1, index), new)
         kept = old.scatter(1, index, new)
         assert (found - kept).abs().max() <= 0.07 * kept.abs().max() and not torch.equal(found, kept)
-    assert sum(x.nbytes for x in memory.values()) == 2 * k.numel() + 2 * 2 * 3 * 4
+    assert held_bytes(memory) == 2 * k.numel() + 2 * 2 * 3 * 4
+
+
+@pytest.mark.parametrize("how", ["full", "fp8"])
+def test_lines_through_two_steps_stand_in_for_keys(how):
+    """By definition, no further on than the two lie apart; rows stand beside them and are not kept."""
+    steps = [(1.0, torch.randn(2, 9, 3, 16)), (0.8, torch.randn(2, 9, 3, 16)), (0.7, torch.randn(2, 9, 3, 16))]
+    rows, new, memory = torch.tensor([[0, 4], [8, 2]]), torch.randn(2, 2, 3, 16), {}
+    index = rows[:, :, None, None].expand(-1, -1, 3, 16)
+    tolerance = {"atol": 1e-5, "rtol": 1e-5} if how == "full" else {"atol": 0.8, "rtol": 0.0}
+    keys.keep(memory, steps[0][1], -steps[0][1], how, 1.0, 2)
+    found, _ = keys.renewed(memory, rows, new, new, 0.9, 2)
+    torch.testing.assert_close(found, steps[0][1].scatter(1, index, new), **tolerance)
+    for at, x in steps[1:]:
+        keys.keep(memory, x, -x, how, at, 2)
+    for at, slope in ((0.65, 0.5), (0.6, 1.0), (0.2, 1.0)):
+        expected = (steps[2][1] + slope * (steps[2][1] - steps[1][1])).scatter(1, index, new)
+        every_k, every_v = keys.renewed(memory, rows, new, -new, at, 2)
+        torch.testing.assert_close(every_k, expected, **tolerance)
+        torch.testing.assert_close(every_v, -every_k, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_lines_are_nearer_than_old_keys():
+    """On the embedded model's full grid: a clip with region steps is nearer to the dense one."""
+    pipe, clips = load_pipeline("embedded"), {}
+    for how in ("none", "easy:predictor=last", "easy:predictor=taylor"):
+        with accelerate(pipe, "none", regions=how):
+            clips[how] = pipe(
+                "a red circle moving left on black", num_inference_steps=20, height=176, width=176, num_frames=33,
+                guidance_scale=3.0, generator=torch.Generator().manual_seed(0), output_type="np",
+            ).frames  # fmt: skip
+    dense, last, line = clips.values()
+    assert 10 * np.square(line - dense).mean() < np.square(last - dense).mean()
 
 
 def test_keys_that_are_made_anew_are_those_that_were_kept(run):
@@ -233,7 +268,7 @@ def test_keys_that_are_made_anew_are_those_that_were_kept(run):
         pipe, found, held = make_pipe(transformer=make_transformer(layers=6)), {}, {}
         dense = run(pipe, steps=6, size=96, batch=batch, guidance=guidance)
         for how in ("full", "input"):
-            with accelerate(pipe, "none", regions=f"{SOME},keys={how}") as handle:
+            with accelerate(pipe, "none", regions=f"{SOME},keys={how},predictor=last") as handle:
                 found[how] = run(pipe, steps=6, size=96, batch=batch, guidance=guidance)
                 held[how] = handle.report().held["regions"]
         torch.testing.assert_close(found["input"], found["full"], atol=1e-5, rtol=1e-4)
@@ -245,7 +280,7 @@ def test_keys_made_anew_go_with_sparse_steps(run):
     plan, found = Plan.uniform("pooled", 0.6, block=16, tail="none"), {}
     pipe = make_pipe()
     for how in ("full", "input"):
-        with accelerate(pipe, plan, regions=f"{SOME},keys={how}") as handle:
+        with accelerate(pipe, plan, regions=f"{SOME},keys={how},predictor=last") as handle:
             found[how] = run(pipe, steps=6, size=96)
             assert {"sparse", "region"} <= set(handle.report().kinds)
     torch.testing.assert_close(found["input"], found["full"], atol=1e-5, rtol=1e-4)
@@ -324,11 +359,12 @@ def test_what_cannot_fit_is_refused_with_what_to_do(run, monkeypatch):
             run(pipe, size=128, guidance=3.0)
         assert handle._runtime.held(" keys") == 0
         sentence = str(error.value)
-        assert "3×8×8 tokens of 1 clips need in 2 layers and 2 guidance branches, which takes 0.4 MiB" in sentence
-        assert "cpu has 0.3 MiB free; keys=fp8 needs 0.2 MiB, keys=input needs 0.3 MiB, layers=0.5 needs" in sentence
+        assert "3×8×8 tokens of 1 clips need in 2 layers and 2 guidance branches, which takes 0.6 MiB" in sentence
+        assert "cpu has 0.3 MiB free; predictor=last needs 0.4 MiB, keys=fp8 needs 0.3 MiB, keys=input" in sentence
+        assert "keys=input needs 0.4 MiB, layers=0.5 needs 0.4 MiB" in sentence
         assert "regions='none' nothing" in sentence
         run(pipe)  # a smaller clip fits
-    with accelerate(pipe, "none", regions=f"{SOME},keys=fp8") as handle:
+    with accelerate(pipe, "none", regions=f"{SOME},keys=fp8,predictor=last") as handle:
         run(pipe, size=128, guidance=3.0)
         assert handle.report().held["regions"] < 300_000
     monkeypatch.undo()

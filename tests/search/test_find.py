@@ -112,17 +112,16 @@ def test_what_reusing_loses_is_predicted(tiny, measured):
     search = make_search(tiny, measured, reuse=True)
     choices = search.choices(HARDWARE, None)
     clips = {}
+    reuse = {len(each.computed): each for each in choices._reuse if not each.region_after}
     for count in (2, 3, 4, 6):
-        schedule = Schedule(
-            computed=tuple(choices._sigmas[step] / choices._sigmas[0] for step in choices._reuse[count].computed)
-        )
+        schedule = Schedule(computed=choices._shares_of(reuse[count].computed))
         plan = replace(Plan.uniform("dense", 1.0), schedule=schedule)
         with accelerate(tiny, plan):
             clips[count] = run(tiny, search.study, PROMPTS[0], lambda step: None)
     errors = [float(((clips[count] - clips[6]) ** 2).mean()) for count in (2, 3, 4)]
     assert errors == sorted(errors, reverse=True)
     for count, error in zip((2, 3, 4), errors, strict=True):  # that errors point one way is the worst that can be
-        assert 0.002 < error / choices._reuse[count].error < 3, errors
+        assert 0.002 < error / reuse[count].error < 3, errors
 
 
 def test_sharded_and_merged_or_interrupted_and_resumed_it_is_the_same(tiny, measured, tmp_path, monkeypatch):

@@ -8,6 +8,8 @@ from typing import Any
 FOCUSES = ("change", "low_std", "high_std")
 UNITS = ("token", "tile")
 KEYS = ("full", "fp8", "input")
+PREDICTORS = {"last": 1, "taylor": 2}
+"""How many steps' keys and values are kept."""
 EASY = {"region_from": 0.95, "region_to": 0.0, "region_every": 3}
 """Of the schedule, where only regions are asked for: two of three steps behind the first, noisy ones."""
 
@@ -34,11 +36,14 @@ class Regions:
     keys: str = "full"
     """How keys and values of the other tokens are kept: as they are, in 8 bits (`fp8`), or as what they are computed
     from (`input`), in every region step anew. Each of the latter two halves what bfloat16 takes."""
+    predictor: str = "taylor"
+    """What stands in for keys and values of tokens that are not computed: those of the last step that computed all
+    tokens (`last`), or the line through its and those of the one before (`taylor`), which takes twice the memory."""
     layers: float = 1.0
     """This share of the layers keeps them; in the others, evenly between, the chosen tokens see but each other."""
 
     def __post_init__(self) -> None:
-        for name, allowed in (("focus", FOCUSES), ("unit", UNITS), ("keys", KEYS)):
+        for name, allowed in (("focus", FOCUSES), ("unit", UNITS), ("keys", KEYS), ("predictor", PREDICTORS)):
             if getattr(self, name) not in allowed:
                 raise RegionsError(f"{name} is {getattr(self, name)!r:.80}; allowed are {', '.join(allowed)}")
         for name in ("share", "layers"):
@@ -54,6 +59,11 @@ class Regions:
                 f"a share of {self.share:g} reaches all tokens in {1 / self.share:.0f} steps, which is more than "
                 f"max_age {self.max_age}; raise one of them"
             )
+
+    @property
+    def kept_steps(self) -> int:
+        """Keys and values of so many steps are kept."""
+        return PREDICTORS[self.predictor]
 
     def keeps(self, layers: int) -> tuple[str, ...]:
         """How each of so many layers keeps keys and values: as `keys` says, or `none`."""

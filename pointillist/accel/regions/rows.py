@@ -58,7 +58,7 @@ class RegionSampling:
                 runtime.record.notes["all tokens computed: there are reference images beside the tokens"] += 1
             return
         if "region" in kinds and "needed" not in self._velocity():
-            self._velocity()["needed"] = self._check_memory(x, "sparse" in kinds and plan.patterns != {"dense"})
+            self._velocity()["needed"] = self._check_memory(x, kinds, "sparse" in kinds and plan.patterns != {"dense"})
         shared = runtime.memory(f"{self._name} regions", self._shapes, every_branch=True)
         if shared.get("step") != state.step:  # once for all branches
             self._look(shared, x, kinds)
@@ -68,19 +68,21 @@ class RegionSampling:
             else:
                 runtime.record.notes["a region step computed all tokens: there was no computed step before it"] += 1
         computed = [kind for kind in kinds[state.step + 1 :] if kind != "cached"]
-        runtime.keeps_keys = runtime.rows is None and kinds[state.step] != "cached" and computed[:1] == ["region"]
+        whole = runtime.rows is None and kinds[state.step] != "cached"
+        runtime.before_region = whole and computed[:1] == ["region"]
+        runtime.keeps_keys = whole and "region" in computed[: self._regions.kept_steps]
 
     def leave(self, reused: bool) -> None:
         """It has ended, well or not; `reused`: a cache gave its output, so no token was computed."""
         runtime = self._runtime
-        runtime.rows, runtime.keeps_keys = None, False
+        runtime.rows, runtime.keeps_keys, runtime.before_region = None, False, False
         if reused and runtime.state.step is not None:
             shared = runtime.memory(f"{self._name} regions", self._shapes, every_branch=True)
             if not shared.get("reused", True):  # once for all branches; nothing is known of reference images
                 shared.update(age=shared["age before"] + 1, reused=True)
                 runtime.record.ages[runtime.state.step] = shared["age"]
 
-    def _check_memory(self, x: torch.Tensor, sparse: bool) -> int | None:
+    def _check_memory(self, x: torch.Tensor, kinds: list[str], sparse: bool) -> int | None:
         """Bytes that all branches will keep. Raises MemoryRefusedError before anything is kept if they cannot fit."""
         runtime, state = self._runtime, self._runtime.state
         heads = heads_of(self._transformer)
@@ -88,13 +90,15 @@ class RegionSampling:
         if heads is None:
             return None
         x, tokens = _channels_second(x), math.prod(state.grid)
+        behind = kinds[::-1].index("region")  # the last one
+        whole = sum(kind in ("dense", "sparse") for kind in kinds[: len(kinds) - behind])
 
         def needed(regions: Regions) -> int:
             return region_bytes(
                 regions.keeps(len(self._family.sites(self._transformer))), branches=branches, batch=x.shape[0],
                 tokens=tokens, chosen=math.ceil(regions.share * tokens), heads=heads[0], head_dim=heads[1],
                 itemsize=x.itemsize, latents=x[:, : self._family.latent_channels(self._transformer)].numel(),
-                sparse=sparse,
+                sparse=sparse, steps=min(regions.kept_steps, max(1, whole)),
             )  # fmt: skip
 
         branches = max(self._branches(state.branch), runtime.branches(f"{self._name} velocity"))
@@ -103,6 +107,8 @@ class RegionSampling:
         ways: dict[str, int | None] = {}
         if self._regions.keys == "full":
             ways = {f"keys={keys}": needed(replace(self._regions, keys=keys)) for keys in ("fp8", "input")}
+        if self._regions.predictor != "last":
+            ways = {"predictor=last": needed(replace(self._regions, predictor="last")), **ways}
         fewer = self._regions.layers / 2
         ways[f"layers={fewer:g}"] = needed(replace(self._regions, layers=fewer))
         ways |= {"cache='easy' keeps residuals in place of keys": None, "regions='none' nothing": None}

@@ -149,7 +149,7 @@ class _Passage:
     def _decide(self) -> bool:
         cache, seen, memory = self.cache, self.seen, self._memory
         if (
-            self._outside or cache._runtime.keeps_keys
+            self._outside or cache._runtime.before_region
         ):  # the next step takes a part of the tokens through this one's keys
             return False
         row = memory.get("in a row", 0)

@@ -1,0 +1,59 @@
+"""What region steps lose, from one run along the dense one: it costs about half a clip.
+
+Every n-th step computes all tokens, the others a part of them. The scheduler is given what the dense run gave, so the
+latents are those of the dense run in every step, and what a region step gives differs by its own error alone.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from pointillist.accel.accelerate import accelerate
+from pointillist.accel.plan import Plan
+from pointillist.accel.regions.policy import Regions
+from pointillist.accel.schedule import Schedule
+from pointillist.search.run import run
+from pointillist.search.sensitivity import Playback, guided
+from pointillist.search.study import Study
+
+SHARE = 0.25
+"""Of the tokens that region steps of searched plans compute."""
+EVERY = 4
+
+
+def region_curvature(pipe: Any, study: Study, playback: Playback, stepped: Callable[[int], None]) -> np.ndarray:
+    """float64 [steps]: see `Recorded.curvature`. Infinite in the study's dense steps, where there are to be none.
+
+    Raises:
+        AccelerateError: the pipeline can have no region steps.
+        MemoryRefusedError: what they keep does not fit.
+    """
+    first = max(study.dense_steps, Regions().kept_steps)
+    computed = (*range(first), *range(first + EVERY - 1, study.steps, EVERY))
+    shares = tuple(playback.sigmas[step] / playback.sigmas[0] for step in computed)
+    schedule = Schedule(computed=shares, region_after=shares[first - 1 :])
+    plan = replace(Plan.uniform("dense", 1.0), regions=Regions(share=SHARE), schedule=schedule)
+    outputs: dict[int, list[Any]] = {}
+    with accelerate(pipe, plan) as handle:
+
+        def keep(transformer: str, branch: str, step: int | None, compute: Callable[[], Any]) -> Any:
+            if step is None or step < first - Regions().kept_steps:
+                return playback.play(transformer, branch, step, compute)
+            output = compute()
+            if step not in computed:
+                outputs.setdefault(step, []).append(output[0])
+            return playback.play(transformer, branch, step, compute)
+
+        handle.intercept(keep)
+        run(pipe, study, study.prompts[0], stepped)
+    right, sigmas = playback.velocities(study), playback.sigmas
+    known = {}
+    for step, found in sorted(outputs.items()):
+        before, last = [each for each in computed if each < step][-2:]
+        lost = float((guided(found, study) - right[step]).square().mean().sqrt())
+        known[step] = max(lost, 1e-12) / ((sigmas[last] - sigmas[step]) * (sigmas[before] - sigmas[step]))
+    steps = np.arange(study.steps)
+    between = np.exp(np.interp(steps, list(known), np.log(list(known.values())))) if known else np.inf
+    return np.where(steps < first, np.inf, between)
