@@ -372,8 +372,10 @@ def test_what_cannot_fit_is_refused_with_what_to_do(run, monkeypatch):
 
 
 def test_text_is_read_or_refused():
-    policy, schedule = Regions.parse("low_std:share=0.25,age=0.5,max_age=9,unit=tile,keys=fp8,from=0.9,to=0.1,every=2")
-    assert policy == Regions(0.25, "low_std", "tile", 0.5, 9, "fp8")
+    policy, schedule = Regions.parse(
+        "low_std:share=0.25,age=0.5,max_age=9,unit=tile,keys=fp8,predictor=last,from=0.9,to=0.1,every=2"
+    )
+    assert policy == Regions(0.25, "low_std", "tile", 0.5, 9, "fp8", "last")
     assert schedule == {"region_from": 0.9, "region_to": 0.1, "region_every": 2}
     for text, message in (
         ("all", "regions 'all' are unknown; allowed are auto, none, easy, change"),
@@ -382,6 +384,7 @@ def test_text_is_read_or_refused():
         ("change:share=0.1,max_age=3", "reaches all tokens in 10 steps, which is more than max_age 3"),
         ("change:unit=row", "unit is 'row'; allowed are token, tile"),
         ("change:layers=0", "layers is 0.0; it must be a number above 0"),
+        ("change:predictor=parabola", "predictor is 'parabola'; allowed are last, taylor"),
         ("change:keys=half", "keys is 'half'; allowed are full, fp8, input"),
         ("change:size=3", "region option 'size=3' is none; give NAME=VALUE with one of share"),
     ):
@@ -401,6 +404,36 @@ def test_a_plan_holds_its_regions(tmp_path, pipe):
         replace(plan, hoist="frames")
     with accelerate(pipe, plan, regions="none") as handle:
         assert handle._choice.plan.regions is None and handle._choice.plan.schedule.region_from == 0
+
+
+def test_a_schedule_names_the_steps_behind_which_regions_are(run):
+    pipe = make_pipe()
+    with accelerate(pipe, "none") as handle:
+        run(pipe, steps=8)
+        points = tuple(handle.sigmas[step] / handle.sigmas[0] for step in (0, 1, 3, 6))
+    plan = replace(
+        Plan.uniform("dense", 1.0), regions=Regions(0.4), schedule=Schedule(computed=points, region_after=points[1:2])
+    )
+    assert Plan.from_json(plan.to_json()) == plan
+    with accelerate(pipe, plan) as handle:
+        run(pipe, steps=8)
+        assert handle.report().kinds == ("dense", "dense", "region", "dense", "cached", "cached", "dense", "cached")
+        run(pipe, steps=16)  # between the same sigmas
+        kinds, sigmas = handle.report().kinds, handle.sigmas
+        shares = [sigma / sigmas[0] for sigma in sigmas]
+        inside = [points[2] < share < points[1] for share in shares]
+        assert "region" in kinds
+        assert all(kind in ("region", "dense") for kind, within in zip(kinds, inside, strict=True) if within)
+    with accelerate(pipe, plan, regions="none") as handle:
+        run(pipe, steps=8)
+        assert handle.report().kinds == ("dense", "dense", "cached", "dense", "cached", "cached", "dense", "cached")
+    with accelerate(pipe, plan, cache="none") as handle:  # all of what stands beside computed steps is taken away
+        run(pipe, steps=8)
+        assert handle.report().kinds == ("dense",) * 8
+    with pytest.raises(PlanError, match="region_after is .* it must hold numbers of computed"):
+        replace(plan, schedule=Schedule(computed=points, region_after=(0.123,)))
+    with pytest.raises(PlanError, match="regions must say which tokens"):
+        replace(plan, regions=None)
 
 
 def test_caches_and_regions_take_turns(run):

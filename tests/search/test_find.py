@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import astuple, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,11 @@ import torch
 
 from pointillist.accel.accelerate import accelerate
 from pointillist.accel.plan import Plan, Rule, Schedule
+from pointillist.accel.regions.policy import Regions
 from pointillist.hardware.profile import load_profile
 from pointillist.pipelines.load import load_pipeline
 from pointillist.pipelines.search import find_plan, machine, study_of
-from pointillist.search import profile
+from pointillist.search import profile, region_errors
 from pointillist.search.assign import OverBudget
 from pointillist.search.cost_model import CostModel
 from pointillist.search.curve import Choices, DenseTimes
@@ -122,6 +124,36 @@ def test_what_reusing_loses_is_predicted(tiny, measured):
     assert errors == sorted(errors, reverse=True)
     for count, error in zip((2, 3, 4), errors, strict=True):  # that errors point one way is the worst that can be
         assert 0.002 < error / reuse[count].error < 3, errors
+
+
+def test_what_region_steps_lose_is_recorded_along_the_dense_run(tiny, measured, monkeypatch):
+    study, clips = make_study(tiny), []
+    playback = record_playback(tiny, study, lambda step: None)
+    monkeypatch.setattr(region_errors, "run", lambda *args: clips.append(run(*args)))
+    some = region_errors.region_curvature(tiny, study, playback, lambda step: None)
+    assert np.array_equal(clips[0], playback.frames)  # the latents were those of the dense run in every step
+    assert np.isinf(some[:2]).all() and np.isfinite(some[2:]).all() and (some[2:] > 1e-3).all()
+    monkeypatch.setattr(region_errors, "SHARE", 1.0)
+    every = region_errors.region_curvature(tiny, study, playback, lambda step: None)
+    assert (every[2:] < 1e-8).all()  # all tokens are computed
+
+
+def test_regions_that_lose_little_are_chosen(tiny, measured, monkeypatch):
+    """With what region steps lose as recorded, and then with next to nothing."""
+    search = make_search(tiny, measured, reuse=True)
+    choices = search.choices(HARDWARE, None)
+    assert any(each.region_after for each in choices._reuse)
+    reuse = tuple(replace(each, error=1e-12) if each.region_after else each for each in choices._reuse)
+    monkeypatch.setattr(choices, "_reuse", reuse)
+    speedup = 1.3
+    plan = choices.plan(choice := choices.at_speedup(speedup), "regions", "here")
+    assert choice.region_after and set(choice.region_after) <= set(choice.computed) and choice.speedup >= 1.29
+    assert plan.regions == Regions(region_errors.SHARE) and Plan.from_json(plan.to_json()) == plan
+    with accelerate(tiny, plan) as handle:
+        tiny(prompt=PROMPTS[0], **CALL, output_type="latent", generator=torch.Generator().manual_seed(0))
+        kinds = handle.report().kinds
+    after = {last for last, stop in pairwise((*choice.computed, 6)) if last in choice.region_after and stop > last + 1}
+    assert after and all(kinds[last + 1] == "region" for last in after)
 
 
 def test_sharded_and_merged_or_interrupted_and_resumed_it_is_the_same(tiny, measured, tmp_path, monkeypatch):

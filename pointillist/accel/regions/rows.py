@@ -107,8 +107,8 @@ class RegionSampling:
         ways: dict[str, int | None] = {}
         if self._regions.keys == "full":
             ways = {f"keys={keys}": needed(replace(self._regions, keys=keys)) for keys in ("fp8", "input")}
-        if self._regions.predictor != "last":
-            ways = {"predictor=last": needed(replace(self._regions, predictor="last")), **ways}
+        if (less := needed(replace(self._regions, predictor="last"))) < total:
+            ways = {"predictor=last": less, **ways}
         fewer = self._regions.layers / 2
         ways[f"layers={fewer:g}"] = needed(replace(self._regions, layers=fewer))
         ways |= {"cache='easy' keeps residuals in place of keys": None, "regions='none' nothing": None}
