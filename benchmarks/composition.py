@@ -41,6 +41,7 @@ PARTS = ("text", "denoise", "decode", "write")
 """Of the way from a prompt to a file."""
 SEEDS = 200
 """Of the first prompt."""
+REGIONS = "change:share=0.3,every=3,predictor=taylor"
 
 
 @dataclass(frozen=True)
@@ -75,15 +76,15 @@ def configurations(searched: Path) -> dict[str, Configuration]:
         "first block 0.15, taylor": Configuration(cache="first_block:threshold=0.15,predictor=taylor"),
         "modulation 0.3": Configuration(cache="modulated:threshold=0.3"),
         "table": Configuration(cache="table"),
-        "regions by change": Configuration(regions="change:share=0.3,every=3"),
-        "regions by low std": Configuration(regions="low_std:share=0.3,every=3"),
-        "regions by high std": Configuration(regions="high_std:share=0.3,every=3"),
+        "regions by change": Configuration(regions=REGIONS),
+        "regions by change, old keys": Configuration(regions="change:share=0.3,every=3,predictor=last"),
+        "regions by change, every second step": Configuration(regions="change:share=0.3,every=2,predictor=taylor"),
+        "regions by low std": Configuration(regions=REGIONS.replace("change", "low_std")),
+        "regions by high std": Configuration(regions=REGIONS.replace("change", "high_std")),
         "sparse 0.3 + rate 0.1": Configuration(some, cache="rate:threshold=0.1"),
-        "sparse 0.3 + regions": Configuration(some, regions="change:share=0.3,every=3"),
-        "rate 0.1 + late regions": Configuration(
-            cache="rate:threshold=0.1", regions="change:share=0.3,every=3,from=0.6"
-        ),
-        "all three": Configuration(some, cache="rate:threshold=0.1", regions="change:share=0.3,every=3,from=0.6"),
+        "sparse 0.3 + regions": Configuration(some, regions=REGIONS),
+        "rate 0.1 + late regions": Configuration(cache="rate:threshold=0.1", regions=f"{REGIONS},from=0.6"),
+        "all three": Configuration(some, cache="rate:threshold=0.1", regions=f"{REGIONS},from=0.6"),
     }
     for name in ("quality", "balanced", "fast"):
         path = searched / f"embedded-{name}.safetensors"
@@ -91,10 +92,12 @@ def configurations(searched: Path) -> dict[str, Configuration]:
             plan = Plan.load(path)
             found[f"searched, {name}"] = Configuration(plan)
             alone = Plan.uniform("dense", 1.0)
-            schedule = Schedule(computed=plan.schedule.computed)
+            schedule = Schedule(computed=plan.schedule.computed, region_after=plan.schedule.region_after)
             if plan.schedule.computed:
                 found[f"its reused steps alone, {name}"] = Configuration(
-                    replace(alone, name=f"reused steps of {name}", schedule=schedule, cache=plan.cache)
+                    replace(
+                        alone, name=f"reused steps of {name}", schedule=schedule, cache=plan.cache, regions=plan.regions
+                    )
                 )
     return found
 
