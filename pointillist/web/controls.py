@@ -98,7 +98,7 @@ def draw(shared: Shared, first: Outline) -> dict[str, Any]:
                 True, label="Reuse steps", info="as the plan says", elem_id="generate-cache", min_width=120
             )
             made["regions"] = gr.Checkbox(
-                False, label="Regions", info="compute what changes", elem_id="generate-regions", min_width=120
+                False, label="Regions", info="in place of reused steps", elem_id="generate-regions", min_width=120
             )
     with gr.Accordion("Advanced", open=False, elem_id="generate-advanced"):
         made["steps"] = gr.Slider(
@@ -158,7 +158,7 @@ def request_of(shared: Shared, asked: dict[str, Any], warm: bool, output: Path |
         guidance=float(asked["guidance"]), shift=asked["shift"] if _another_shift(outline, asked["shift"]) else None,
         seed=secrets.randbelow(2**31) if seed < 0 else seed, speed=speed, plan=plan, fps=FPS,
         cache="auto" if exact or asked["cache"] else "none",
-        regions="easy" if asked["regions"] and not exact else "auto" if exact else "none",
+        regions="easy" if asked["regions"] and not exact else "auto",
         keep=shared.outputs.kept(path) if asked["keep"] else None, warm_up=not warm,
     )  # fmt: skip
 
