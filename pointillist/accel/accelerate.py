@@ -81,7 +81,7 @@ def accelerate(
     """
     targets = targets_of(pipe, sparse=plan != "none")
     check_arguments(pipe, backend, dense)
-    choice = with_caching(with_regions(choose_plan(plan, targets), regions), cache, targets)
+    choice = with_caching(with_regions(choose_plan(plan, targets), regions, cache), cache, targets)
     setup = Setup(pipe, targets, choice.plan, choice.caching, choice.table)
     warnings = check_setup(setup)
     return Acceleration(setup, warnings, choice, backend, dense, _weights(weights, targets))

@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from pointillist.accel import plans
 from pointillist.accel.conflicts import AccelerateError, Target
@@ -91,10 +92,11 @@ def with_caching(choice: Choice, wish: Caching | CacheTable | str | None, target
     return replace(choice, plan=plan, caching=caching, table=table)
 
 
-def with_regions(choice: Choice, wish: Regions | str | None) -> Choice:
+def with_regions(choice: Choice, wish: Regions | str | None, cache: Any) -> Choice:
     """The choice with the regions that are wished for: `auto` is the plan's own.
 
-    Others stand in place of steps that the plan reuses: behind a reused step there is nothing to keep.
+    Others stand in place of steps that the plan reuses: around each of theirs whole steps would have to be computed.
+    `cache` is what is wished for of caches: another than the plan's ends the plan's own region steps.
 
     Raises:
         AccelerateError: the wish is none.
@@ -111,7 +113,8 @@ def with_regions(choice: Choice, wish: Regions | str | None) -> Choice:
     try:
         regions, steps = (wish, EASY) if isinstance(wish, Regions) else Regions.parse(str(wish))
         plan = Plan.uniform("dense", 1.0) if plan is None else plan
-        if isinstance(wish, Regions) and plan.regions is not None:
+        own = plan.schedule.region_from or (plan.schedule.region_after and cache == "auto")
+        if isinstance(wish, Regions) and own:
             steps = {}  # the plan's
         elif plan.schedule.computed:
             plan = replace(plan, cache=None, schedule=_all_computed(plan.schedule))

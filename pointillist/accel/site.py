@@ -43,7 +43,7 @@ class Runtime:
         self.rows: torch.Tensor | None = None
         """int64 [B, n]: the tokens that the running call computes; None is all."""
         self.keeps_keys = False
-        """Whether a later step computes a part of the tokens only, and needs the keys of this one."""
+        """Whether a step to come computes a part of the tokens only, and needs the keys of this one."""
         self.before_region = False
         """Whether the next step is such a one, so that this one must be computed."""
         self.agreement: Any = None

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pointillist.accel.parallel.job import this_job
 from pointillist.accel.patterns import pattern_class
@@ -20,9 +20,6 @@ from pointillist.pipelines.job import check_degrees, device_of, seed_of, togethe
 from pointillist.pipelines.kept import Kept, check_kept_file, save_kept
 from pointillist.pipelines.run import Run, run_once
 from pointillist.pipelines.video import Clip, check_format, check_output, write_clips
-
-if TYPE_CHECKING:
-    pass
 
 SPEEDS = ("exact", "quality", "balanced", "fast")
 DENSE_SHARE = 0.15

@@ -84,7 +84,7 @@ class Predictor:
         steps, wish = call["num_inference_steps"], plan_of(request, call["num_inference_steps"])
         targets = targets_of(outline, sparse=wish != "none")
         choice = choose_plan(wish, targets)
-        choice = with_caching(with_regions(choice, request.regions), request.cache, targets)
+        choice = with_caching(with_regions(choice, request.regions, request.cache), request.cache, targets)
         check_setup(Setup(outline, targets, choice.plan, choice.caching, choice.table))
 
         grid = outline.grid(call["width"], call["height"], call["num_frames"])

@@ -180,7 +180,9 @@ def _bill(
     """Of a forward pass each way, in seconds; and of all denoising steps of a clip."""
     kinds = kinds_of(plan, _sigmas(model))
     computed = {kind: kinds.count(kind) for kind in ("dense", "sparse", "cached", "region")}
-    clip = {"dense": len(kinds) * dense, "plan": computed["dense"] * dense + computed["sparse"] * sparse}
+    share = plan.regions.share if plan.regions is not None else 0.0
+    whole = computed["dense"] + share * computed["region"]  # of a part of the tokens, which attend densely
+    clip = {"dense": len(kinds) * dense, "plan": whole * dense + computed["sparse"] * sparse}
     return {
         "seconds": {"dense": dense * model.passes, "plan": sparse * model.passes},
         "attention_share": {"dense": dense_attention / dense, "plan": sparse_attention / sparse},

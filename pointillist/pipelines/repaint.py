@@ -199,7 +199,7 @@ class _Work:
         before = sigmas[first - 1] if first else sigmas[0]
         share = min(1.0, (before + sigmas[first]) / 2 / sigmas[0])
         schedule = Schedule(region_from=share, region_every=self.refresh)
-        return replace(Plan.uniform("dense", 1.0), name="repaint", regions=Regions(), schedule=schedule)
+        return replace(Plan.uniform("dense", 1.0), name="repaint", regions=Regions(predictor="last"), schedule=schedule)
 
     def _answer(self, device: Any) -> Callable[[str, str, int | None, Callable[[], Any]], Any]:
         """Interceptor (see `Acceleration.intercept`): the kept velocity wherever nothing is to change.

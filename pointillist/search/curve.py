@@ -215,7 +215,7 @@ class Choices:
         """The greatest predicted speed-up of denoising."""
         other = self.dense.other
         if self._reuse:
-            other = self._other(timeline(self.study, 0, self._reuse[0].computed))
+            other = self._other(timeline(self.study, 0, min(self._reuse, key=lambda each: len(each.computed)).computed))
         try:
             self.at_attention(0.0)
         except OverBudget as error:

@@ -25,7 +25,6 @@ from filelock import FileLock, Timeout
 from safetensors.torch import save as to_safetensors
 
 from pointillist.accel.conflicts import AccelerateError
-from pointillist.accel.memory import MemoryRefusedError
 from pointillist.accel.plan import Plan
 from pointillist.hardware import machine_name
 from pointillist.hardware.profile import HardwareProfile
@@ -46,7 +45,7 @@ from pointillist.search.profile import (
     write,
 )
 from pointillist.search.record import Point, SearchRecord
-from pointillist.search.region_errors import region_curvature
+from pointillist.search.region_errors import region_shares
 from pointillist.search.reuse import Recorded, Reuse, schedules
 from pointillist.search.sensitivity import REFERENCE, TAIL, Playback, bucket_errors, record_playback
 from pointillist.search.study import Study
@@ -92,6 +91,8 @@ class Search:
         """
         self.pipe, self.study, self.folder, self.progress = pipe, study, folder, progress
         self.stages, self.reuse = stages, reuse
+        self.no_regions = ""
+        """Why there are no region steps to choose."""
 
     def measure(self, shard: tuple[int, int] = (0, 1)) -> None:
         """Record what is missing of part i of n.
@@ -159,7 +160,7 @@ class Search:
         if playback is None:
             playback = record_playback(self.pipe, self.study, told("a dense clip"))
         errors = bucket_errors(self.pipe, self.study, playback, told("how much errors of its steps move a clip"))
-        regions, why = self._region_curvature(playback, told("what steps lose that compute a part of the tokens"))
+        regions, why = self._region_shares(playback, told("what steps lose that compute a part of the tokens"))
         facts = {
             "seconds": playback.seconds, "machine": self.machine, "flops": playback.flops, "sigmas": playback.sigmas,
             "no regions": why,
@@ -171,14 +172,14 @@ class Search:
             "velocities": (velocities @ velocities.T).double() / velocities.shape[1],
         }  # fmt: skip
         if regions is not None:
-            tensors["region curvature"] = torch.from_numpy(regions)
+            tensors["region shares"] = torch.from_numpy(regions)
         write(self._weights_file, to_safetensors(tensors, {"dense": json.dumps(facts)}))
 
-    def _region_curvature(self, playback: Playback, stepped: Callable[[int], None]) -> tuple[np.ndarray | None, str]:
+    def _region_shares(self, playback: Playback, stepped: Callable[[int], None]) -> tuple[np.ndarray | None, str]:
         """None where there can be no region steps, and why."""
         try:
-            return region_curvature(self.pipe, self.study, playback, stepped), ""
-        except (AccelerateError, MemoryRefusedError) as error:
+            return region_shares(self.pipe, self.study, playback, stepped), ""
+        except (AccelerateError, MemoryError, torch.OutOfMemoryError) as error:
             return None, str(error)
 
     @property
@@ -192,6 +193,7 @@ class Search:
             raise SearchError(f"{self.folder} lacks the sensitivity; run the last shard, or the search without --shard")
         tensors, about = read(self._weights_file)
         facts = json.loads(about["dense"])
+        self.no_regions = facts["no regions"]
         reference, tail = self.study.rules.index(REFERENCE), self.study.tails.index(TAIL)
         of_reference = profile.errors[:, :, reference, tail, KINDS.index("plain")].sum(-1)
         moved = (of_reference * profile.moved).sum(-1)
@@ -210,8 +212,8 @@ class Search:
         """Of steps that reuse what others computed, or compute a part of the tokens."""
         felt = (tensors["errors"] / tensors["latent errors"].clamp(min=1e-30)).double().numpy()
         buckets = np.searchsorted(self.study.edges[1:], range(self.study.steps), side="right").clip(max=len(felt) - 1)
-        curvature = tensors["region curvature"].numpy() if "region curvature" in tensors else None
-        return schedules(Recorded(tensors["velocities"].double().numpy(), sigmas, felt[buckets], curvature))
+        shares = tensors["region shares"].numpy() if "region shares" in tensors else None
+        return schedules(Recorded(tensors["velocities"].double().numpy(), sigmas, felt[buckets], shares))
 
     def _found(
         self,
@@ -230,7 +232,7 @@ class Search:
             "model": self.study.model, "prompts": len(self.study.prompts), "held-out prompts": len(runs.prompts),
             "steps": self.study.steps, "dense steps": self.study.dense_steps, "then dense every": chosen.every,
             "computed steps": list(chosen.computed) or self.study.steps,
-            "then a part of the tokens": list(chosen.region_after),
+            "then a part of the tokens": list(chosen.region_after) or self.no_regions or "none",
             "candidates": len(self.study.rules),
             "tokens": math.prod(choices.profile.grid), "grid": list(choices.profile.grid), "wish": str(wish),
             "hardware": hardware.name, "seed": self.study.seed, "dtype": self.study.dtype,

@@ -23,8 +23,8 @@ SHARE = 0.25
 EVERY = 4
 
 
-def region_curvature(pipe: Any, study: Study, playback: Playback, stepped: Callable[[int], None]) -> np.ndarray:
-    """float64 [steps]: see `Recorded.curvature`. Infinite in the study's dense steps, where there are to be none.
+def region_shares(pipe: Any, study: Study, playback: Playback, stepped: Callable[[int], None]) -> np.ndarray:
+    """float64 [steps]: see `Recorded.region_share`. Infinite in the study's dense steps, where there are to be none.
 
     Raises:
         AccelerateError: the pipeline can have no region steps.
@@ -48,12 +48,14 @@ def region_curvature(pipe: Any, study: Study, playback: Playback, stepped: Calla
 
         handle.intercept(keep)
         run(pipe, study, study.prompts[0], stepped)
-    right, sigmas = playback.velocities(study), playback.sigmas
-    known = {}
+        kinds = handle.report().kinds
+    right, known = playback.velocities(study), {}
     for step, found in sorted(outputs.items()):
-        before, last = [each for each in computed if each < step][-2:]
-        lost = float((guided(found, study) - right[step]).square().mean().sqrt())
-        known[step] = max(lost, 1e-12) / ((sigmas[last] - sigmas[step]) * (sigmas[before] - sigmas[step]))
+        if kinds[step] == "region":  # not where all tokens had to be computed, as where another transformer takes over
+            last = max(each for each in computed if each < step)
+            lost, held = ((each - right[step]).square().mean().sqrt() for each in (guided(found, study), right[last]))
+            known[step] = max(float(lost / held.clamp(min=1e-12)), 1e-12)
     steps = np.arange(study.steps)
     between = np.exp(np.interp(steps, list(known), np.log(list(known.values())))) if known else np.inf
-    return np.where(steps < first, np.inf, between)
+    never = (steps < first) | np.isin(steps, [step for step in outputs if step not in known])
+    return np.where(never, np.inf, between)

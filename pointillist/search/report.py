@@ -279,7 +279,10 @@ def about_map(plan: Plan, record: SearchRecord | None) -> str:
     if plan.schedule.dense_every:
         text += f" So is 1 of {plan.schedule.dense_every} of the others."
     if plan.schedule.computed:
-        text += f" {len(plan.schedule.computed)} steps are computed, others reuse them."
+        others = (
+            "others compute a part of the tokens or reuse them" if plan.schedule.region_after else "others reuse them"
+        )
+        text += f" {len(plan.schedule.computed)} steps are computed, {others}."
     if len({rule for run in runs for rule in run.rules}) == 1:
         rule = runs[0].rules[0]
         return f"{text} Here every head of every layer is the same: {rule.pattern}, density {rule.kept:.3g}."

@@ -2,9 +2,9 @@
 steps, those with least error.
 
 A reused step's velocity is a straight line through those of the last two computed steps. Of a recorded dense run all
-inner products of velocities are known, so the error of any such line is known without running the model. In a region
-step the keys of most tokens are such lines, and that is what it loses. It is known of a run along the dense one; in
-other schedules it changes as the remainder of a line does, with the distances to both steps that the line goes through.
+inner products of velocities are known, so the error of any such line is known without running the model. So is what
+holding on to the last computed velocity would lose, and a region step loses a share of that, which is known of a run
+along the dense one.
 
 Errors of steps point the same way for the most part, so their lengths are added up: each times how far the latents go
 in the step and how much the clip feels it. That sum is least along a shortest path over pairs of computed steps (the
@@ -44,20 +44,20 @@ class Recorded:
     """Of the steps."""
     felt: np.ndarray
     """[steps], mean squared error of the clip for each of the latents, by step."""
-    curvature: np.ndarray | None = None
-    """[steps]: what a region step loses (root mean square of the velocity) for each product of the distances to the two
-    sigmas whose keys its line goes through; None: there are no region steps."""
+    region_share: np.ndarray | None = None
+    """[steps]: what a region step loses (root mean square of the velocity) over what holding on to that of the last
+    computed step would lose; None: there are no region steps."""
 
 
 def schedules(recorded: Recorded) -> tuple[Reuse, ...]:
     """The best schedules of each number of computed steps: without region steps, then with."""
     found = list(best_reuse(recorded).values())
-    if recorded.curvature is None:
+    if recorded.region_share is None:
         return tuple(found)
     scale = float(np.sqrt(found[len(found) // 2].error))
     for price in PRICES:
         found += [each for each in best_reuse(recorded, price * scale).values() if each.region_after]
-    return tuple(dict.fromkeys(found))
+    return tuple({(each.computed, each.region_after): each for each in found}.values())
 
 
 def best_reuse(recorded: Recorded, price: float | None = None) -> dict[int, Reuse]:
@@ -73,7 +73,7 @@ def best_reuse(recorded: Recorded, price: float | None = None) -> dict[int, Reus
         regions = _lost_in_regions(recorded)
         priced = regions + price * _between(steps)
         in_part = priced < lost
-        costs = np.minimum(lost, priced)
+        costs = np.where(in_part, priced, lost)
     # least[before, last]: the least sum up to the computed step `last`, with `before` the computed step before it
     least = np.full((steps, steps), np.inf)
     least[0, 0] = 0.0
@@ -131,18 +131,23 @@ def _lost(recorded: Recorded) -> np.ndarray:
 
 
 def _lost_in_regions(recorded: Recorded) -> np.ndarray:
-    """Likewise, if those steps compute a part of the tokens. Infinite where there are none, or more than `LONGEST`."""
-    assert recorded.curvature is not None, "what region steps lose was not recorded"
-    sigmas, steps = recorded.sigmas, len(recorded.sigmas)
-    costs = np.full((steps, steps, steps + 1), np.inf)
+    """[1, steps, steps + 1]: likewise, if those steps compute a part of the tokens, whatever `before` is. Infinite
+    where there are to be none, or more than `LONGEST`."""
+    assert recorded.region_share is not None, "what region steps lose was not recorded"
+    steps = len(recorded.sigmas)
+    costs = np.full((1, steps, steps + 1), np.inf)
     for last in range(1, steps):
-        for before in range(last):
-            total = 0.0
-            for step in range(last + 1, min(last + LONGEST, steps - 1) + 1):
-                remainder = (sigmas[last] - sigmas[step]) * (sigmas[before] - sigmas[step])
-                total += _weight(recorded, step) * float(recorded.curvature[step]) * remainder
-                costs[before, last, step + 1] = total
+        total = 0.0
+        for step in range(last + 1, min(last + LONGEST, steps - 1) + 1):
+            share = float(recorded.region_share[step])
+            total += _weight(recorded, step) * share * held(recorded.products, last, step)
+            costs[0, last, step + 1] = total
     return costs
+
+
+def held(products: np.ndarray, last: int, step: int) -> float:
+    """Root mean square of what the velocity of `last` misses of that of `step`."""
+    return float(np.sqrt(max(0.0, products[last, last] - 2 * products[last, step] + products[step, step])))
 
 
 def _weight(recorded: Recorded, step: int) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 
 from pointillist.accel.plan import Rule
 
-VERSION = 4
+VERSION = 5
 """Raised when files of an earlier version no longer mean the same."""
 
 

@@ -28,7 +28,7 @@ class SparseStep:
     recent: float
     """And so much of what was recorded of the last step's that was looked at."""
     stands_for: int = 1
-    """Itself, and the steps behind it that reuse what it gave, or most of it."""
+    """Itself, and the steps behind it that reuse what it gave, or, of most tokens, in region steps."""
 
 
 @dataclass(frozen=True)

@@ -248,6 +248,14 @@ def test_lines_through_two_steps_stand_in_for_keys(how):
         torch.testing.assert_close(every_v, -every_k, atol=1e-6, rtol=1e-6)
 
 
+def test_a_step_that_is_kept_twice_counts_once():
+    memory, x = {}, torch.randn(1, 4, 2, 8)
+    for _ in range(3):
+        keys.keep(memory, x, x, "full", 0.5, 2)
+    found, _ = keys.renewed(memory, torch.tensor([[0]]), x[:, :1], x[:, :1], 0.4, 2)
+    assert torch.equal(found, x)
+
+
 @pytest.mark.slow
 def test_lines_are_nearer_than_old_keys():
     """On the embedded model's full grid: a clip with region steps is nearer to the dense one."""
@@ -431,6 +439,12 @@ def test_a_schedule_names_the_steps_behind_which_regions_are(run):
     with accelerate(pipe, plan, cache="none") as handle:  # all of what stands beside computed steps is taken away
         run(pipe, steps=8)
         assert handle.report().kinds == ("dense",) * 8
+    with accelerate(pipe, plan, regions=Regions(0.5)) as handle:
+        assert handle._choice.plan.schedule == plan.schedule and handle._choice.plan.regions == Regions(0.5)
+    for cache in ("none", "rate:threshold=0.01"):  # the plan's own region steps end with its reused ones
+        with accelerate(pipe, plan, regions=Regions(0.5), cache=cache) as handle:
+            run(pipe, steps=8)
+            assert "region" in handle.report().kinds
     with pytest.raises(PlanError, match=r"region_after is .* it must hold numbers of computed"):
         replace(plan, schedule=Schedule(computed=points, region_after=(0.123,)))
     with pytest.raises(PlanError, match="regions must say which tokens"):

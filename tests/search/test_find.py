@@ -130,11 +130,11 @@ def test_what_region_steps_lose_is_recorded_along_the_dense_run(tiny, measured, 
     study, clips = make_study(tiny), []
     playback = record_playback(tiny, study, lambda step: None)
     monkeypatch.setattr(region_errors, "run", lambda *args: clips.append(run(*args)))
-    some = region_errors.region_curvature(tiny, study, playback, lambda step: None)
+    some = region_errors.region_shares(tiny, study, playback, lambda step: None)
     assert np.array_equal(clips[0], playback.frames)  # the latents were those of the dense run in every step
-    assert np.isinf(some[:2]).all() and np.isfinite(some[2:]).all() and (some[2:] > 1e-3).all()
+    assert np.isinf(some[:2]).all() and np.isfinite(some[2:]).all() and (some[2:] > 1e-3).all() and (some[2:] < 3).all()
     monkeypatch.setattr(region_errors, "SHARE", 1.0)
-    every = region_errors.region_curvature(tiny, study, playback, lambda step: None)
+    every = region_errors.region_shares(tiny, study, playback, lambda step: None)
     assert (every[2:] < 1e-8).all()  # all tokens are computed
 
 

@@ -5,7 +5,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from pointillist.search.reuse import LONGEST, Recorded, best_reuse
+from pointillist.search.reuse import LONGEST, Recorded, best_reuse, schedules
 
 
 @pytest.mark.parametrize("steps", [2, 3, 7])
@@ -57,8 +57,10 @@ def test_no_schedule_with_regions_is_better():
     steps, price = 6, 0.02
     velocities = rng.standard_normal((steps, 5)).cumsum(0)
     sigmas, felt = tuple(np.sort(rng.random(steps))[::-1] + 0.1), rng.random(steps)
-    curvature = np.where(np.arange(steps) < 2, np.inf, 20 * rng.random(steps))
-    recorded = Recorded(velocities @ velocities.T / 5, sigmas, felt, curvature)
+    region_share = np.where(np.arange(steps) < 2, np.inf, 1.5 * rng.random(steps))
+    recorded = Recorded(velocities @ velocities.T / 5, sigmas, felt, region_share)
+    some = schedules(recorded)
+    assert len({(each.computed, each.region_after) for each in some}) == len(some)  # each of them once
     for count, best in best_reuse(recorded, price).items():
         every = {}
         for rest in combinations(range(1, steps), count - 1):
@@ -87,8 +89,8 @@ def lost_with_regions(computed, after, velocities, recorded):
         if last in after and (last == 0 or step - last > LONGEST):
             return np.inf
         if last in after:
-            remainder = (sigmas[last] - sigmas[step]) * (sigmas[of(last, computed)] - sigmas[step])
-            total += length * np.sqrt(recorded.felt[step]) * recorded.curvature[step] * remainder
+            held = np.sqrt(np.square(velocities[last] - velocities[step]).mean())
+            total += length * np.sqrt(recorded.felt[step]) * recorded.region_share[step] * held
         else:
             total += length * np.sqrt(recorded.felt[step]) * missed(step, computed, velocities, sigmas)
     return total**2

@@ -80,6 +80,8 @@ class Recomputing:
 
 def _append(memory: dict[Any, Any], name: str, kept: Kept, steps: int) -> None:
     history = memory.setdefault(name, [])
+    if history and history[-1][0] == kept[0]:  # the same step once more
+        history.pop()
     history.append(kept)
     del history[:-steps]
 

@@ -35,7 +35,7 @@ class Regions:
     """After so many steps a token is computed, whatever its importance."""
     keys: str = "full"
     """How keys and values of the other tokens are kept: as they are, in 8 bits (`fp8`), or as what they are computed
-    from (`input`), in every region step anew. Each of the latter two halves what bfloat16 takes."""
+    from (`input`), in every region step anew. Each of the latter two halves what is kept in bfloat16."""
     predictor: str = "taylor"
     """What stands in for keys and values of tokens that are not computed: those of the last step that computed all
     tokens (`last`), or the line through its and those of the one before (`taylor`), which takes twice the memory."""
