@@ -1,9 +1,9 @@
 """Learned cache tables against tables of fixed intervals that reuse as many modules, on the embedded model.
 
-    python benchmarks/cache_tables.py [--table FILE.json] [--prompts 2 --size 176] [--folder DIR]
+    python benchmarks/cache_tables.py [--table FILE.json] [--beside NAME=FILE.json …] [--prompts 4 --size 176]
 
-Every clip is compared with the dense one of the same prompt and seed. Clips are kept in the folder, if one is given,
-and are not made again. Writes the result after every clip.
+Every clip is compared with the dense one of the same prompt and seed. Clips of a `--folder` are not made again. What is
+measured is added to the results after every clip.
 """
 
 import argparse
@@ -22,16 +22,23 @@ from pointillist.metrics import compare
 from pointillist.pipelines.run import run_once
 
 RESULTS = Path(__file__).parent / "results"
-PROMPTS = ("a red circle moving left on black", "a green square moving right on gray")
+PROMPTS = (
+    "a red circle moving left on black", "a green square moving right on gray", "a blue triangle moving up on white",
+    "a yellow star moving down on black", "a white circle growing on blue", "a red square rotating on gray",
+    "a green circle moving left on white", "a blue square moving up on black",
+)  # fmt: skip
+SEEDS = 50
+"""Of the first prompt."""
 
 
-def tables(learned: CacheTable) -> dict[str, CacheTable | str]:
+def tables(learned: CacheTable, beside: list[str]) -> dict[str, CacheTable | str]:
     """What is compared: tables reuse equal shares of the modules if the learned one reuses half."""
-    steps, layers = learned.steps, learned.layers
+    others = dict(each.split("=", 1) for each in beside)
     return {
         "dense": "none",
         "learned": learned,
-        "every second step (FORA)": CacheTable.every(steps, layers, 2),
+        **{name: CacheTable.load(path) for name, path in others.items()},
+        "every second step (FORA)": CacheTable.every(learned.steps, learned.layers, 2),
     }
 
 
@@ -50,40 +57,38 @@ def clip(pipe: Any, cache: CacheTable | str, call: dict[str, Any], seed: int, ke
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", type=Path, default=FOLDER / "embedded.json")
-    parser.add_argument("--only", help="one of what is compared, beside dense")
-    parser.add_argument("--prompts", type=int, default=len(PROMPTS))
+    parser.add_argument("--beside", action="append", default=[], metavar="NAME=FILE", help="another table")
+    parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--size", type=int, help="pixels; by default the model's own size")
+    parser.add_argument("--frames", type=int)
     parser.add_argument("--folder", type=Path)
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=Path, default=RESULTS / "cache_tables_cpu.json")
     args = parser.parse_args()
     pipe = load_pipeline("embedded")
     call = defaults(pipe)
-    if args.size:
-        call |= {"width": args.size, "height": args.size}
+    size = args.size or call["width"]
+    call |= {"width": size, "height": size, "num_frames": args.frames or call["num_frames"]}
     learned = CacheTable.load(args.table)
-    output = args.output or RESULTS / "cache_tables_cpu.json"
-    chosen = {name: each for name, each in tables(learned).items() if args.only in (None, name) or name == "dense"}
-    clips: list[dict[str, Any]] = []
-    for seed, prompt in enumerate(PROMPTS[: args.prompts]):
+    result = json.loads(args.output.read_text()) if args.output.exists() else {"clips": []}
+    result |= {
+        "machine": detect(), "torch": torch.__version__, "threads": torch.get_num_threads(), "learned": learned.name,
+    }  # fmt: skip
+    for seed, prompt in enumerate(PROMPTS[: args.prompts], SEEDS):
         dense: dict[str, Any] = {}
-        for name, table in chosen.items():
+        for name, table in tables(learned, args.beside).items():
             started = time.perf_counter()
-            kept = args.folder and args.folder / f"{seed}-{call['width']}-{name}.npz"
+            what = {"prompt": prompt, "seed": seed, "size": size, "frames": call["num_frames"], "table": name}
+            kept = args.folder and args.folder / f"{seed}-{size}-{call['num_frames']}-{name}.npz"
             made = clip(pipe, table, {**call, "prompt": prompt}, seed, kept)
             dense = dense or made
-            difference = compare(dense["frames"], made["frames"])
-            clips.append({
-                "prompt": prompt, "seed": seed, "table": name, "cache": made["cache"],
-                "modules reused": table.share if isinstance(table, CacheTable) else 0.0,
-                "psnr": round(difference.psnr, 3), "ssim": round(difference.ssim, 4),
-            })  # fmt: skip
-            result = {
-                "machine": detect(), "torch": torch.__version__, "threads": torch.get_num_threads(),
-                "call": call, "learned": learned.name, "clips": clips,
-            }  # fmt: skip
-            output.write_text(json.dumps(result, indent=1) + "\n")
-            print(f"{prompt}, {name}: {difference.psnr:.2f} dB ({time.perf_counter() - started:.0f} s)", flush=True)
-    print(output)
+            if name == "dense":
+                continue
+            psnr = round(compare(dense["frames"], made["frames"]).psnr, 2)
+            others = [each for each in result["clips"] if any(each[key] != value for key, value in what.items())]
+            result["clips"] = [*others, {**what, "psnr": psnr}]
+            args.output.write_text(json.dumps(result, indent=1) + "\n")
+            print(f"{prompt}, {name}: {psnr} dB ({time.perf_counter() - started:.0f} s)", flush=True)
+    print(args.output)
 
 
 if __name__ == "__main__":

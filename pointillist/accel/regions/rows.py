@@ -1,9 +1,9 @@
 """Taking a part of the tokens through one transformer, with an unmodified scheduler.
 
 In a region step the model sees the rows of the chosen tokens alone. Attention of these rows goes over all keys: those
-of the others are what they last were, or continue the line through what they were in two steps. The transformer's output
-is a full grid: the velocity of each token when it was last computed, with the rows that were computed now written over
-it.
+of the others are what they last were, or continue the line through what they were in two steps. The output of the
+transformer is a full grid: the velocity of each token when it was last computed, with the rows that were computed now
+written over it.
 """
 
 import math
