@@ -134,7 +134,7 @@ CONFLICTS = (
         "a sampler with noise of its own", "refuse",
         lambda its: its.regions and _is_stochastic(its.scheduler),
         lambda its: f"the {its.sampler} adds noise of its own in every step, which tokens that are not computed would "
-        "lack; regions need a deterministic one, like FlowMatchEulerDiscreteScheduler",
+        "lack; regions need a deterministic one, like FlowMatchEulerDiscreteScheduler; or give regions='none'",
     ),
     Conflict(
         "a sampler with two evaluations in a step", "refuse",

@@ -1,5 +1,6 @@
 """A whole search on a tiny pipeline: resumed, sharded, refused, and what its predictions are made of."""
 
+import copy
 import shutil
 from dataclasses import astuple, replace
 from itertools import pairwise
@@ -136,6 +137,18 @@ def test_what_region_steps_lose_is_recorded_along_the_dense_run(tiny, measured, 
     monkeypatch.setattr(region_errors, "SHARE", 1.0)
     every = region_errors.region_shares(tiny, study, playback, lambda step: None)
     assert (every[2:] < 1e-8).all()  # all tokens are computed
+
+
+def test_where_another_transformer_takes_over_there_is_no_region_step(tiny_folder):
+    """It has no keys of earlier steps, so all tokens are computed there: nothing is lost, but nothing is saved."""
+    pipe = load_pipeline(str(tiny_folder))
+    pipe.register_modules(transformer_2=copy.deepcopy(pipe.transformer))
+    pipe.register_to_config(boundary_ratio=0.7)
+    study = replace(make_study(pipe), call={**CALL, "num_inference_steps": 10}, steps=10)
+    playback = record_playback(pipe, study, lambda step: None)
+    switch = next(step for step, sigma in enumerate(playback.sigmas) if sigma < 0.7)
+    shares = region_errors.region_shares(pipe, study, playback, lambda step: None)
+    assert switch == 6 and np.isinf(shares[[0, 1, 6]]).all() and (np.delete(shares, [0, 1, 6]) > 1e-3).all()
 
 
 def test_regions_that_lose_little_are_chosen(tiny, measured, monkeypatch):
