@@ -36,10 +36,11 @@ def region_shares(pipe: Any, study: Study, playback: Playback, stepped: Callable
     schedule = Schedule(computed=shares, region_after=shares[first - 1 :])
     plan = replace(Plan.uniform("dense", 1.0), regions=Regions(share=SHARE), schedule=schedule)
     outputs: dict[int, list[Any]] = {}
+    begin = first - Regions().kept_steps  # no region step needs keys of the steps before
     with accelerate(pipe, plan) as handle:
 
         def keep(transformer: str, branch: str, step: int | None, compute: Callable[[], Any]) -> Any:
-            if step is None or step < first - Regions().kept_steps:
+            if step is None or step < begin:
                 return playback.play(transformer, branch, step, compute)
             output = compute()
             if step not in computed:
@@ -48,7 +49,7 @@ def region_shares(pipe: Any, study: Study, playback: Playback, stepped: Callable
 
         handle.intercept(keep)
         run(pipe, study, study.prompts[0], stepped)
-        kinds = handle.report().kinds
+        kinds = dict(zip(range(begin, study.steps), handle.report().kinds, strict=True))
     right, known = playback.velocities(study), {}
     for step, found in sorted(outputs.items()):
         if kinds[step] == "region":  # not where all tokens had to be computed, as where another transformer takes over
