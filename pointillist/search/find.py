@@ -45,7 +45,7 @@ from pointillist.search.profile import (
     write,
 )
 from pointillist.search.record import Point, SearchRecord
-from pointillist.search.region_errors import region_shares
+from pointillist.search.region_errors import region_losses
 from pointillist.search.reuse import Recorded, Reuse, schedules
 from pointillist.search.sensitivity import REFERENCE, TAIL, Playback, bucket_errors, record_playback
 from pointillist.search.study import Study
@@ -160,7 +160,7 @@ class Search:
         if playback is None:
             playback = record_playback(self.pipe, self.study, told("a dense clip"))
         errors = bucket_errors(self.pipe, self.study, playback, told("how much errors of its steps move a clip"))
-        regions, why = self._region_shares(playback, told("what steps lose that compute a part of the tokens"))
+        regions, why = self._region_losses(playback, told("what steps lose that compute a part of the tokens"))
         facts = {
             "seconds": playback.seconds, "machine": self.machine, "flops": playback.flops, "sigmas": playback.sigmas,
             "no regions": why,
@@ -172,13 +172,13 @@ class Search:
             "velocities": (velocities @ velocities.T).double() / velocities.shape[1],
         }  # fmt: skip
         if regions is not None:
-            tensors["region shares"] = torch.from_numpy(regions)
+            tensors["region losses"] = torch.from_numpy(regions)
         write(self._weights_file, to_safetensors(tensors, {"dense": json.dumps(facts)}))
 
-    def _region_shares(self, playback: Playback, stepped: Callable[[int], None]) -> tuple[np.ndarray | None, str]:
+    def _region_losses(self, playback: Playback, stepped: Callable[[int], None]) -> tuple[np.ndarray | None, str]:
         """None where there can be no region steps, and why."""
         try:
-            return region_shares(self.pipe, self.study, playback, stepped), ""
+            return region_losses(self.pipe, self.study, playback, stepped), ""
         except (AccelerateError, MemoryError, torch.OutOfMemoryError) as error:
             return None, str(error)
 
@@ -212,8 +212,8 @@ class Search:
         """Of steps that reuse what others computed, or compute a part of the tokens."""
         felt = (tensors["errors"] / tensors["latent errors"].clamp(min=1e-30)).double().numpy()
         buckets = np.searchsorted(self.study.edges[1:], range(self.study.steps), side="right").clip(max=len(felt) - 1)
-        shares = tensors["region shares"].numpy() if "region shares" in tensors else None
-        return schedules(Recorded(tensors["velocities"].double().numpy(), sigmas, felt[buckets], shares))
+        losses = tensors["region losses"].numpy() if "region losses" in tensors else None
+        return schedules(Recorded(tensors["velocities"].double().numpy(), sigmas, felt[buckets], losses))
 
     def _found(
         self,

@@ -2,9 +2,10 @@
 steps, those with least error.
 
 A reused step's velocity is a straight line through those of the last two computed steps. Of a recorded dense run all
-inner products of velocities are known, so the error of any such line is known without running the model. So is what
-holding on to the last computed velocity would lose, and a region step loses a share of that, which is known of a run
-along the dense one.
+inner products of velocities are known, so the error of any such line is known without running the model. What a region
+step loses is known of a run along the dense one, in two parts. Tokens that are not computed hold on to their velocity:
+they lose a share of what all would lose by that. Tokens that are computed see keys that are such lines, whose error
+changes as the remainder of a line does, with the distances to both steps that it goes through.
 
 Errors of steps point the same way for the most part, so their lengths are added up: each times how far the latents go
 in the step and how much the clip feels it. That sum is least along a shortest path over pairs of computed steps (the
@@ -44,15 +45,16 @@ class Recorded:
     """Of the steps."""
     felt: np.ndarray
     """[steps], mean squared error of the clip for each of the latents, by step."""
-    region_share: np.ndarray | None = None
-    """[steps]: what a region step loses (root mean square of the velocity) over what holding on to that of the last
-    computed step would lose; None: there are no region steps."""
+    in_regions: np.ndarray | None = None
+    """[2, steps]: what region steps lose, as root mean squares of the velocity: by tokens that are not computed, over
+    what holding on to the last computed velocity would lose; and by keys, over the product of the distances to the two
+    sigmas whose keys a line goes through. None: there are no region steps."""
 
 
 def schedules(recorded: Recorded) -> tuple[Reuse, ...]:
     """The best schedules of each number of computed steps: without region steps, then with."""
     found = list(best_reuse(recorded).values())
-    if recorded.region_share is None:
+    if recorded.in_regions is None:
         return tuple(found)
     scale = float(np.sqrt(found[len(found) // 2].error))
     for price in PRICES:
@@ -131,17 +133,20 @@ def _lost(recorded: Recorded) -> np.ndarray:
 
 
 def _lost_in_regions(recorded: Recorded) -> np.ndarray:
-    """[1, steps, steps + 1]: likewise, if those steps compute a part of the tokens, whatever `before` is. Infinite
-    where there are to be none, or more than `LONGEST`."""
-    assert recorded.region_share is not None, "what region steps lose was not recorded"
-    steps = len(recorded.sigmas)
-    costs = np.full((1, steps, steps + 1), np.inf)
+    """Likewise, if those steps compute a part of the tokens. Infinite where there are to be none, or more than
+    `LONGEST`."""
+    assert recorded.in_regions is not None, "what region steps lose was not recorded"
+    sigmas, steps = recorded.sigmas, len(recorded.sigmas)
+    costs = np.full((steps, steps, steps + 1), np.inf)
     for last in range(1, steps):
-        total = 0.0
-        for step in range(last + 1, min(last + LONGEST, steps - 1) + 1):
-            share = float(recorded.region_share[step])
-            total += _weight(recorded, step) * share * held(recorded.products, last, step)
-            costs[0, last, step + 1] = total
+        for before in range(last):
+            total = 0.0
+            for step in range(last + 1, min(last + LONGEST, steps - 1) + 1):
+                by_kept, by_keys = recorded.in_regions[:, step]
+                by_kept = by_kept * held(recorded.products, last, step)
+                by_keys = by_keys * (sigmas[last] - sigmas[step]) * (sigmas[before] - sigmas[step])
+                total += _weight(recorded, step) * float(np.hypot(by_kept, by_keys))
+                costs[before, last, step + 1] = total
     return costs
 
 

@@ -131,12 +131,13 @@ def test_what_region_steps_lose_is_recorded_along_the_dense_run(tiny, measured, 
     study, clips = make_study(tiny), []
     playback = record_playback(tiny, study, lambda step: None)
     monkeypatch.setattr(region_errors, "run", lambda *args: clips.append(run(*args)))
-    some = region_errors.region_shares(tiny, study, playback, lambda step: None)
+    kept, keys = region_errors.region_losses(tiny, study, playback, lambda step: None)
     assert np.array_equal(clips[0], playback.frames)  # the latents were those of the dense run in every step
-    assert np.isinf(some[:2]).all() and np.isfinite(some[2:]).all() and (some[2:] > 1e-3).all() and (some[2:] < 3).all()
+    assert np.isinf(kept[:2]).all() and np.isinf(keys[:2]).all()
+    assert (kept[2:] > 0.05).all() and (kept[2:] < 1.5).all() and (keys[2:] > 1e-3).all()
     monkeypatch.setattr(region_errors, "SHARE", 1.0)
-    every = region_errors.region_shares(tiny, study, playback, lambda step: None)
-    assert (every[2:] < 1e-8).all()  # all tokens are computed
+    every = region_errors.region_losses(tiny, study, playback, lambda step: None)
+    assert (every[:, 2:] < 1e-8).all()  # all tokens are computed
 
 
 def test_where_another_transformer_takes_over_there_is_no_region_step(tiny_folder):
@@ -147,9 +148,9 @@ def test_where_another_transformer_takes_over_there_is_no_region_step(tiny_folde
     study = replace(make_study(pipe), call={**CALL, "num_inference_steps": 10}, steps=10, dense_steps=4)
     playback = record_playback(pipe, study, lambda step: None)
     switch = next(step for step, sigma in enumerate(playback.sigmas) if sigma < 0.7)
-    shares = region_errors.region_shares(pipe, study, playback, lambda step: None)
-    assert switch == 6 and np.isinf(shares[[0, 1, 2, 3, 6]]).all()
-    assert (shares[[4, 5, 7, 8, 9]] > 1e-3).all() and np.isfinite(shares[[4, 5, 7, 8, 9]]).all()
+    lost = region_errors.region_losses(pipe, study, playback, lambda step: None)
+    assert switch == 6 and np.isinf(lost[:, [0, 1, 2, 3, 6]]).all()
+    assert (lost[:, [4, 5, 7, 8, 9]] > 1e-3).all() and np.isfinite(lost[:, [4, 5, 7, 8, 9]]).all()
 
 
 def test_regions_that_lose_little_are_chosen(tiny, measured, monkeypatch):

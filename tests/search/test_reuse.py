@@ -57,8 +57,8 @@ def test_no_schedule_with_regions_is_better():
     steps, price = 6, 0.02
     velocities = rng.standard_normal((steps, 5)).cumsum(0)
     sigmas, felt = tuple(np.sort(rng.random(steps))[::-1] + 0.1), rng.random(steps)
-    region_share = np.where(np.arange(steps) < 2, np.inf, 1.5 * rng.random(steps))
-    recorded = Recorded(velocities @ velocities.T / 5, sigmas, felt, region_share)
+    in_regions = np.where(np.arange(steps) < 2, np.inf, np.array([[0.5], [20.0]]) * rng.random((2, steps)))
+    recorded = Recorded(velocities @ velocities.T / 5, sigmas, felt, in_regions)
     some = schedules(recorded)
     assert len({(each.computed, each.region_after) for each in some}) == len(some)  # each of them once
     for count, best in best_reuse(recorded, price).items():
@@ -89,8 +89,10 @@ def lost_with_regions(computed, after, velocities, recorded):
         if last in after and (last == 0 or step - last > LONGEST):
             return np.inf
         if last in after:
-            held = np.sqrt(np.square(velocities[last] - velocities[step]).mean())
-            total += length * np.sqrt(recorded.felt[step]) * recorded.region_share[step] * held
+            kept = recorded.in_regions[0, step] * np.sqrt(np.square(velocities[last] - velocities[step]).mean())
+            keys = recorded.in_regions[1, step] * (sigmas[last] - sigmas[step])
+            keys *= sigmas[of(last, computed)] - sigmas[step]
+            total += length * np.sqrt(recorded.felt[step]) * np.hypot(kept, keys)
         else:
             total += length * np.sqrt(recorded.felt[step]) * missed(step, computed, velocities, sigmas)
     return total**2
