@@ -79,6 +79,8 @@ def head_costs(plan: Plan | None, layer: int, heads: int, transformer: str, sigm
             found = [1.0] * heads
         elif kind == "cached":
             continue
+        elif kind == "region":  # of a part of the tokens, over all keys
+            found = [1.0 if plan.regions is None else plan.regions.share] * heads
         else:
             found = [rule.kept for rule in each_head(plan.rules(layer, sigma / steps[0], transformer), heads)]
         costs = [cost + more + OVERHEAD for cost, more in zip(costs, found, strict=True)]

@@ -6,6 +6,7 @@ import pytest
 
 from pointillist.accel.parallel.balance import balance_of, head_costs, head_counts, imbalance, spread
 from pointillist.accel.plan import Plan, Rule
+from pointillist.accel.regions.policy import Regions
 from pointillist.accel.schedule import Schedule
 
 PLANS = Path(__file__).parents[3] / "pointillist" / "accel" / "plans"
@@ -47,6 +48,15 @@ def test_costs_are_the_pairs_of_all_steps_but_those_that_reuse():
     costs = head_costs(plan, 0, 3, "transformer", (1.0, 0.75, 0.5, 0.25))
     overhead = costs[2] - dense
     assert costs == pytest.approx([dense + sparse * 0.2 + overhead, dense + sparse + overhead, dense + overhead])
+
+
+def test_region_steps_cost_each_head_a_part_of_a_dense_one():
+    plan = Plan(
+        "x", ((Rule("tile", 0.2), Rule("tile", 0.6)),), regions=Regions(0.25),
+        schedule=Schedule(computed=(1.0, 0.5), region_after=(0.5,)),
+    )  # fmt: skip
+    costs = head_costs(plan, 0, 2, "transformer", (1.0, 0.75, 0.5, 0.25))  # sparse, reused, sparse, region
+    assert costs == pytest.approx([2 * 0.22 + 0.27, 2 * 0.62 + 0.27])
 
 
 @pytest.mark.parametrize("path", sorted(PLANS.glob("embedded-*.safetensors")), ids=lambda path: path.stem)
