@@ -154,7 +154,9 @@ def make_report(record: Record, plan: str, plan_source: str, dense_backend: tupl
             densities[call.site].append(float(call.density))
     steps = _kinds(record)
     notes = [*record.warnings, *(f"{reason} ({count} calls)" for reason, count in record.notes.items())]
-    if record.caching and record.decisions and record.modules is None and "cached" not in steps.values():
+    scheduled = record.caching.startswith("schedule") and "region" in steps.values()  # in place of reused ones
+    reused = "cached" in steps.values() or scheduled
+    if record.caching and record.decisions and record.modules is None and not reused:
         helps = not record.caching.startswith("schedule") and not any(note.startswith("cache inert") for note in notes)
         notes.append("cache: no step was reused" + ("; a greater threshold would" if helps else ""))
     sparse = [density for each in densities.values() for density in each]

@@ -449,4 +449,4 @@ def before_sparse(plan: Plan, state: RunState) -> bool:
     if state.step is None or state.step + 1 >= len(state.sigmas):
         return False
     later = (plan.schedule.kind(step, state.sigmas) for step in range(state.step + 1, len(state.sigmas)))
-    return next((kind for kind in later if kind != "cached"), "") == "sparse"
+    return next((kind for kind in later if kind not in ("cached", "region")), "") == "sparse"

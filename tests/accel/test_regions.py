@@ -451,6 +451,23 @@ def test_a_schedule_names_the_steps_behind_which_regions_are(run):
         replace(plan, regions=None)
 
 
+def test_sparse_steps_behind_regions_know_the_dense_step_before(run):
+    """The residual and what patterns learn are of the last dense step, although region steps come between."""
+    pipe = make_pipe()
+    with accelerate(pipe, "none") as handle:
+        run(pipe, steps=8)
+        points = tuple(handle.sigmas[step] / handle.sigmas[0] for step in (0, 1, 4, 7))
+    plan = replace(
+        Plan.uniform("pooled", 0.5, block=16), residual=True, regions=Regions(0.4), break_even=False,
+        schedule=Schedule(dense_steps=2, computed=points, region_after=points[1:]),
+    )  # fmt: skip
+    with accelerate(pipe, plan) as handle:
+        run(pipe, steps=8)
+        report = handle.report()
+    kinds = ("dense", "dense", "region", "region", "sparse", "region", "region", "sparse")
+    assert report.kinds == kinds and not report.fallbacks
+
+
 def test_caches_and_regions_take_turns(run):
     """A cached step after a region step would bring back older tokens, so it is computed."""
     pipe = make_pipe()
