@@ -134,7 +134,7 @@ def test_what_region_steps_lose_is_recorded_along_the_dense_run(tiny, measured, 
     kept, keys = region_errors.region_losses(tiny, study, playback, lambda step: None)
     assert np.array_equal(clips[0], playback.frames)  # the latents were those of the dense run in every step
     assert np.isinf(kept[:2]).all() and np.isinf(keys[:2]).all()
-    assert (kept[2:] > 0.05).all() and (kept[2:] < 1.5).all() and (keys[2:] > 1e-3).all()
+    assert (kept[2:] > 1e-2).all() and (kept[2:] < 3).all() and (keys[2:] > 1e-6).all()
     monkeypatch.setattr(region_errors, "SHARE", 1.0)
     every = region_errors.region_losses(tiny, study, playback, lambda step: None)
     assert (every[:, 2:] < 1e-8).all()  # all tokens are computed
@@ -150,7 +150,7 @@ def test_where_another_transformer_takes_over_there_is_no_region_step(tiny_folde
     switch = next(step for step, sigma in enumerate(playback.sigmas) if sigma < 0.7)
     lost = region_errors.region_losses(pipe, study, playback, lambda step: None)
     assert switch == 6 and np.isinf(lost[:, [0, 1, 2, 3, 6]]).all()
-    assert (lost[:, [4, 5, 7, 8, 9]] > 1e-3).all() and np.isfinite(lost[:, [4, 5, 7, 8, 9]]).all()
+    assert (lost[:, [4, 5, 7, 8, 9]] > 1e-6).all() and np.isfinite(lost[:, [4, 5, 7, 8, 9]]).all()
 
 
 def test_regions_that_lose_little_are_chosen(tiny, measured, monkeypatch):
