@@ -91,9 +91,8 @@ def region_bytes(
     scales = 2 * 4 * heads * layers.count("fp8")
     blocks = 8 * heads * tokens * (len(layers) - layers.count("none")) if sparse else 0
     rotary = 2 * 4 * tokens * head_dim if "input" in layers else 0
-    of_branch = (
-        batch * (steps * (numbers * tokens * width + scales) + blocks) + rotary + itemsize * latents
-    )  # and the velocity
+    keys = steps * (numbers * tokens * width + scales)
+    of_branch = batch * (keys + blocks) + rotary + itemsize * latents  # and the velocity
     shared = 2 * 4 * latents + batch * (3 * 4 * tokens + 8 * chosen)  # of the step before; importance, ages, choice
     return branches * of_branch + shared
 

@@ -167,14 +167,8 @@ def settings(plan: Plan) -> list[tuple[str, str]]:
         ("blocks", f"up to {plan.block} tokens"),
     ]
     if schedule.computed:
-        rows.append(
-            (
-                "reused steps",
-                f"all but {len(schedule.computed)} sigmas and those of regions"
-                if schedule.region_after
-                else f"all but {len(schedule.computed)} sigmas",
-            )
-        )
+        but = " and those of regions" if schedule.region_after else ""
+        rows.append(("reused steps", f"all but {len(schedule.computed)} sigmas{but}"))
     if plan.cache is not None:
         rows.append(("cache", str(plan.cache)))
     if plan.regions is not None:
@@ -279,10 +273,8 @@ def about_map(plan: Plan, record: SearchRecord | None) -> str:
     if plan.schedule.dense_every:
         text += f" So is 1 of {plan.schedule.dense_every} of the others."
     if plan.schedule.computed:
-        others = (
-            "others compute a part of the tokens or reuse them" if plan.schedule.region_after else "others reuse them"
-        )
-        text += f" {len(plan.schedule.computed)} steps are computed, {others}."
+        or_part = "compute a part of the tokens or " if plan.schedule.region_after else ""
+        text += f" {len(plan.schedule.computed)} steps are computed, others {or_part}reuse them."
     if len({rule for run in runs for rule in run.rules}) == 1:
         rule = runs[0].rules[0]
         return f"{text} Here every head of every layer is the same: {rule.pattern}, density {rule.kept:.3g}."

@@ -13,6 +13,7 @@ idea of LeMiCa's paths, with the predictor taken into account).
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -50,6 +51,16 @@ class Recorded:
     what holding on to the last computed velocity would lose; and by keys, over the product of the distances to the two
     sigmas whose keys a line goes through. None: there are no region steps."""
 
+    @cached_property
+    def lost(self) -> np.ndarray:
+        """See `_lost`; each price of region steps looks at it."""
+        return _lost(self)
+
+    @cached_property
+    def lost_in_regions(self) -> np.ndarray:
+        """See `_lost_in_regions`."""
+        return _lost_in_regions(self)
+
 
 def schedules(recorded: Recorded) -> tuple[Reuse, ...]:
     """The best schedules of each number of computed steps: without region steps, then with."""
@@ -69,11 +80,10 @@ def best_reuse(recorded: Recorded, price: float | None = None) -> dict[int, Reus
         price: what each region step adds to the root of the error; None: there are none.
     """
     steps = len(recorded.sigmas)
-    lost = _lost(recorded)
+    lost = recorded.lost
     costs, in_part = lost, np.zeros(lost.shape, dtype=bool)
     if price is not None:
-        regions = _lost_in_regions(recorded)
-        priced = regions + price * _between(steps)
+        priced = recorded.lost_in_regions + price * _between(steps)
         in_part = priced < lost
         costs = np.where(in_part, priced, lost)
     # least[before, last]: the least sum up to the computed step `last`, with `before` the computed step before it
@@ -143,14 +153,14 @@ def _lost_in_regions(recorded: Recorded) -> np.ndarray:
             total = 0.0
             for step in range(last + 1, min(last + LONGEST, steps - 1) + 1):
                 by_kept, by_keys = recorded.in_regions[:, step]
-                by_kept = by_kept * held(recorded.products, last, step)
+                by_kept = by_kept * _held(recorded.products, last, step)
                 by_keys = by_keys * (sigmas[last] - sigmas[step]) * (sigmas[before] - sigmas[step])
                 total += _weight(recorded, step) * float(np.hypot(by_kept, by_keys))
                 costs[before, last, step + 1] = total
     return costs
 
 
-def held(products: np.ndarray, last: int, step: int) -> float:
+def _held(products: np.ndarray, last: int, step: int) -> float:
     """Root mean square of what the velocity of `last` misses of that of `step`."""
     return float(np.sqrt(max(0.0, products[last, last] - 2 * products[last, step] + products[step, step])))
 

@@ -415,11 +415,16 @@ def test_a_plan_holds_its_regions(tmp_path, pipe):
         assert handle._choice.plan.regions is None and handle._choice.plan.schedule.region_from == 0
 
 
-def test_a_schedule_names_the_steps_behind_which_regions_are(run):
-    pipe = make_pipe()
+def points_of(pipe, run, steps):
+    """Shares of the first sigma at some of eight steps."""
     with accelerate(pipe, "none") as handle:
         run(pipe, steps=8)
-        points = tuple(handle.sigmas[step] / handle.sigmas[0] for step in (0, 1, 3, 6))
+        return tuple(handle.sigmas[step] / handle.sigmas[0] for step in steps)
+
+
+def test_a_schedule_names_the_steps_behind_which_regions_are(run):
+    pipe = make_pipe()
+    points = points_of(pipe, run, (0, 1, 3, 6))
     plan = replace(
         Plan.uniform("dense", 1.0), regions=Regions(0.4), schedule=Schedule(computed=points, region_after=points[1:2])
     )
@@ -454,9 +459,7 @@ def test_a_schedule_names_the_steps_behind_which_regions_are(run):
 def test_sparse_steps_behind_regions_know_the_dense_step_before(run):
     """The residual and what patterns learn are of the last dense step, although region steps come between."""
     pipe = make_pipe()
-    with accelerate(pipe, "none") as handle:
-        run(pipe, steps=8)
-        points = tuple(handle.sigmas[step] / handle.sigmas[0] for step in (0, 1, 4, 7))
+    points = points_of(pipe, run, (0, 1, 4, 7))
     plan = replace(
         Plan.uniform("pooled", 0.5, block=16), residual=True, regions=Regions(0.4), break_even=False,
         schedule=Schedule(dense_steps=2, computed=points, region_after=points[1:]),

@@ -134,10 +134,27 @@ def test_what_region_steps_lose_is_recorded_along_the_dense_run(tiny, measured, 
     kept, keys = region_errors.region_losses(tiny, study, playback, lambda step: None)
     assert np.array_equal(clips[0], playback.frames)  # the latents were those of the dense run in every step
     assert np.isinf(kept[:2]).all() and np.isinf(keys[:2]).all()
-    assert (kept[2:] > 1e-2).all() and (kept[2:] < 3).all() and (keys[2:] > 1e-6).all()
+    assert (kept[2:] > 0.05).all() and (kept[2:] < 1.5).all() and (keys[2:] > 1e-3).all()
     monkeypatch.setattr(region_errors, "SHARE", 1.0)
     every = region_errors.region_losses(tiny, study, playback, lambda step: None)
     assert (every[:, 2:] < 1e-8).all()  # all tokens are computed
+
+
+def test_what_region_steps_lose_has_two_parts():
+    """Of made-up velocities: the first half of the tokens hold on to theirs, the others are off by a number."""
+    sigmas, computed = (1.0, 0.8, 0.7, 0.5, 0.4), (0, 1, 4)
+    right = torch.randn(5, 40)
+    found, errors = {}, {2: 0.3, 3: 0.6}
+    for step, error in errors.items():
+        found[step] = torch.cat([right[1, :20], right[step, 20:] + error])
+    kinds = dict.fromkeys(errors, "region")
+    kept, keys = region_errors._interpolated(right, found, kinds, computed, sigmas)
+    for step, error in errors.items():
+        held = (right[1] - right[step]).square()
+        assert kept[step] == pytest.approx(float((held[:20].sum() / held.sum()).sqrt()), rel=1e-4)
+        remainder = (0.8 - sigmas[step]) * (1.0 - sigmas[step])
+        assert keys[step] == pytest.approx(error * 0.5**0.5 / remainder, rel=1e-4)
+    assert (kept[4], keys[4]) == (kept[3], keys[3]) and np.isinf([kept[:2], keys[:2]]).all()
 
 
 def test_where_another_transformer_takes_over_there_is_no_region_step(tiny_folder):
@@ -150,7 +167,7 @@ def test_where_another_transformer_takes_over_there_is_no_region_step(tiny_folde
     switch = next(step for step, sigma in enumerate(playback.sigmas) if sigma < 0.7)
     lost = region_errors.region_losses(pipe, study, playback, lambda step: None)
     assert switch == 6 and np.isinf(lost[:, [0, 1, 2, 3, 6]]).all()
-    assert (lost[:, [4, 5, 7, 8, 9]] > 1e-6).all() and np.isfinite(lost[:, [4, 5, 7, 8, 9]]).all()
+    assert (lost[:, [4, 5, 7, 8, 9]] > 1e-3).all() and np.isfinite(lost[:, [4, 5, 7, 8, 9]]).all()
 
 
 def test_regions_that_lose_little_are_chosen(tiny, measured, monkeypatch):
